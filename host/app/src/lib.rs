@@ -1,0 +1,1 @@
+//! The 'torus' binary: command line, configuration, wiring

@@ -1,0 +1,1 @@
+//! Load generators and step benches behind 'torus bench'

@@ -1,0 +1,1 @@
+//! Find, check and load plugins; link their fragments

@@ -1,0 +1,1 @@
+//! Model files: safetensors and GGUF, transforms, loading

@@ -1,0 +1,72 @@
+//! Messages between the host and an attention plugin.
+//!
+//! The plugin owns the layout of the KV pages; the host owns which page belongs to which sequence.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    DType, TensorType,
+    model::AttentionSpec,
+    step::{StepInput, StepShape},
+};
+
+/// The device a program is made for.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Target {
+    /// `cpu`, `tpu` or `cuda`.
+    pub platform: String,
+    /// Device kind as PJRT names it: `TPU v6 lite`.
+    #[serde(default)]
+    pub device_kind: String,
+}
+
+/// Asks an attention plugin whether it serves layers of a kind, and with what layout.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AttentionQuery {
+    pub spec: AttentionSpec,
+    /// Dtype of `q`, `k`, `v` and of the result.
+    pub dtype: DType,
+    /// Dtype the cache is to be kept in.
+    pub kv_dtype: DType,
+    pub shape: StepShape,
+    pub target: Target,
+}
+
+/// What the plugin makes of an [`AttentionQuery`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AttentionAnswer {
+    /// How well it serves this; 0 = not at all, plain StableHLO is 1, a kernel made for the target 100.
+    pub score: u32,
+    /// Why the score is 0, or a remark for the log.
+    #[serde(default)]
+    pub reason: String,
+    /// Types of the parts of one layer's pool, for `shape.pages` pages. The host keeps them zeroed at first.
+    #[serde(default)]
+    pub pool: Vec<TensorType>,
+    /// Bytes of one page in one layer, over all parts.
+    #[serde(default)]
+    pub page_bytes: u64,
+    /// The step inputs that the `context` export takes, in order.
+    #[serde(default)]
+    pub inputs: Vec<StepInput>,
+    /// Types of the parts of the context.
+    #[serde(default)]
+    pub context: Vec<TensorType>,
+}
+
+impl AttentionAnswer {
+    /// The answer of a plugin that cannot serve the query.
+    pub fn refuse(reason: impl Into<String>) -> Self {
+        Self { score: 0, reason: reason.into(), pool: vec![], page_bytes: 0, inputs: vec![], context: vec![] }
+    }
+}
+
+/// Asks for the fragment that serves a query. It exports
+/// - `context`: `(step inputs…) -> context…`, called once a step for each kind of layer, and
+/// - `attention`: `(query, key, value, pool…, context…) -> (attended, pool…)`, called for each layer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EmitAttention {
+    /// Index of the kind of layer; symbols must differ between kinds.
+    pub kind: usize,
+    pub query: AttentionQuery,
+}

@@ -1,0 +1,190 @@
+//! Messages between the host and a model plugin.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    DType, TensorType,
+    fragment::{LinearRole, WeightHandle},
+    step::StepShape,
+};
+
+/// Opens a model: which checkpoint, split how.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ModelOptions {
+    /// The checkpoint's Hugging Face `config.json`, or what [`GgufAnswer::config`] said.
+    pub config: serde_json::Value,
+    #[serde(default)]
+    pub parallel: Parallel,
+}
+
+/// Over how many devices the program is split.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Parallel {
+    pub tensor: u32,
+}
+
+impl Default for Parallel {
+    fn default() -> Self {
+        Self { tensor: 1 }
+    }
+}
+
+/// What a model is, as far as the host must know.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ModelDescription {
+    /// The architecture as the checkpoint names it: `LlamaForCausalLM`.
+    pub architecture: String,
+    pub hidden: u64,
+    pub vocab: u64,
+    /// Longest sequence the model was made for.
+    pub context_length: u64,
+    /// The dtype the checkpoint's config asks for.
+    pub dtype: DType,
+    /// State kinds; layers of one kind share a page table and an attention function.
+    pub kinds: Vec<StateKind>,
+    /// For each layer, its index into `kinds`.
+    pub layers: Vec<usize>,
+    pub weights: Vec<WeightSpec>,
+    /// Tensors of the checkpoint that the model knows and does not need (`rotary_emb.inv_freq`); a trailing `*`
+    /// matches any ending. Others that no weight takes are an error.
+    #[serde(default)]
+    pub ignored_tensors: Vec<String>,
+}
+
+/// What a layer keeps between steps. Per-sequence slots (recurrent state) and latent caches come as new variants.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "snake_case")]
+pub enum StateKind {
+    /// Keys and values of past tokens, in pages.
+    Paged(AttentionSpec),
+}
+
+/// The attention of one kind of layer, for one shard.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AttentionSpec {
+    pub q_heads: u64,
+    pub kv_heads: u64,
+    pub head_dim: u64,
+    /// Factor on the scores, usually `1 / sqrt(head_dim)`.
+    pub scale: f32,
+    /// Only the last `window` tokens are seen, the current one included.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub window: Option<u64>,
+    /// Scores become `cap * tanh(score / cap)`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub soft_cap: Option<f32>,
+}
+
+/// A weight of the model: its logical shape and where it comes from in a checkpoint.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct WeightSpec {
+    /// The model's own name for it, unique: `layers.3.qkv`.
+    pub name: String,
+    pub shape: Vec<u64>,
+    pub role: WeightRole,
+    /// The tensors it is made of, concatenated along the first axis after their own transforms.
+    pub sources: Vec<WeightSource>,
+}
+
+/// What a weight is used as, which decides how the host may store and split it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WeightRole {
+    Embed,
+    Linear(LinearRole),
+    /// An embedding that is also the output projection.
+    EmbedAndHead,
+    /// Norm scales and biases: kept as a plain tensor in one part of dtype `f32`.
+    Vector,
+}
+
+/// One tensor of a checkpoint and what to do with it on load.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct WeightSource {
+    /// Name in the checkpoint: `model.layers.3.self_attn.q_proj.weight`.
+    pub tensor: String,
+    /// Shape in the checkpoint, in Hugging Face order (`[out, in]`).
+    pub shape: Vec<u64>,
+    #[serde(default)]
+    pub transforms: Vec<Transform>,
+}
+
+/// What is done to a tensor on load, in order. The cast to the storage dtype comes last and is the host's.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Transform {
+    /// Swaps the two axes of a matrix.
+    Transpose,
+    /// Takes rows `start..start + len` of the first axis (a fused tensor is split so).
+    Rows { start: u64, len: u64 },
+    /// Undoes the pair-interleaved row order of rotary heads (GGUF's Llama layout): within each head of
+    /// `rows / heads` rows, row `2i + j` goes to `j * half + i`.
+    PermuteRopeRows { heads: u64 },
+    /// Adds a constant to every element.
+    AddConstant(f32),
+}
+
+/// Asks a model plugin whether and how it reads a GGUF file.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct GgufQuery {
+    /// All metadata but the tokenizer's arrays, as JSON values under their GGUF keys.
+    pub metadata: BTreeMap<String, serde_json::Value>,
+    /// Names and shapes of the tensors, in Hugging Face order (outermost axis first).
+    pub tensors: BTreeMap<String, Vec<u64>>,
+}
+
+/// How a GGUF file reads as a Hugging Face checkpoint.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct GgufAnswer {
+    /// The `config.json` that the file stands for.
+    pub config: serde_json::Value,
+    /// From the Hugging Face tensor name to the file's tensor and what undoes the file's own conventions. These
+    /// transforms run before those of the [`WeightSource`].
+    pub tensors: BTreeMap<String, GgufTensor>,
+    /// Tensors of the file that are not needed (`rope_freqs.weight`); a trailing `*` matches any ending.
+    #[serde(default)]
+    pub ignored_tensors: Vec<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct GgufTensor {
+    pub name: String,
+    #[serde(default)]
+    pub transforms: Vec<Transform>,
+}
+
+/// What layers of one kind are given in a program, all of it opaque to the model.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StateHandle {
+    /// Types of the parts of one layer's pool.
+    pub pool: Vec<TensorType>,
+    /// Types of the parts of the kind's context, made once a step by the attention plugin.
+    pub context: Vec<TensorType>,
+}
+
+/// Asks a model for a fragment.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EmitModel {
+    pub part: ModelPart,
+    /// Dtype of activations between operations: `f32` or `bf16`.
+    pub dtype: DType,
+    pub weights: BTreeMap<String, WeightHandle>,
+    /// One for each of [`ModelDescription::kinds`].
+    pub state: Vec<StateHandle>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ModelPart {
+    /// Exports `hidden`: from tokens and positions to the normalized last hidden state `[tokens, hidden]`.
+    Hidden {
+        shape: StepShape,
+        /// Layers whose output is also returned.
+        #[serde(default)]
+        capture: Vec<usize>,
+    },
+    /// Exports `head`: from `[rows, hidden]` to logits `f32 [rows, vocab]`.
+    Head { rows: u64 },
+}

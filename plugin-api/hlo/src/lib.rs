@@ -1,0 +1,1 @@
+//! StableHLO graph builder with named axes

@@ -1,0 +1,1 @@
+//! Paged attention in plain StableHLO: the oracle for every other backend

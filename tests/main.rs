@@ -1,0 +1,1 @@
+#![doc = "Whole-system tests."]
