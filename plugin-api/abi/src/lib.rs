@@ -16,11 +16,15 @@
 pub mod attention;
 pub mod author;
 mod dtype;
+pub mod export;
 pub mod fault;
 pub mod fragment;
+pub mod log;
 pub mod manifest;
 pub mod model;
+pub mod root;
 pub mod step;
+pub mod table;
 
 pub use dtype::{DType, TensorType, TensorTypeError};
 

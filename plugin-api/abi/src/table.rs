@@ -1,0 +1,158 @@
+//! The function tables behind the root. Append only.
+//!
+//! Every table starts with `struct_size`, the size its library was built with. A reader takes a slot with [`slot`],
+//! which answers `None` past that size; so an old host works with a new plugin and a new host with an old plugin.
+//! Requests and answers are JSON (see [`crate::model`], [`crate::attention`]).
+
+use std::ffi::c_void;
+
+use abi_stable::std_types::{RSlice, RStr, RVec};
+
+use crate::fault::{Fault, FaultCode};
+
+/// Names under which [`crate::root::PluginRoot::interface`] hands out tables.
+pub mod interface {
+    pub const MODEL: &str = "model";
+    pub const ATTENTION: &str = "attention";
+    pub const RUNTIME: &str = "runtime";
+}
+
+/// The answer of a call: JSON, or a fault's message.
+#[repr(C)]
+pub struct Reply {
+    /// 0, or the number of a [`FaultCode`].
+    pub status: u32,
+    pub body: RVec<u8>,
+}
+
+impl Reply {
+    pub fn new(result: Result<Vec<u8>, Fault>) -> Self {
+        match result {
+            Ok(body) => Self { status: 0, body: body.into() },
+            Err(fault) => Self { status: fault.code.number(), body: fault.message.into_bytes().into() },
+        }
+    }
+
+    pub fn into_result(self) -> Result<Vec<u8>, Fault> {
+        let body = self.body.into_vec();
+        match self.status {
+            0 => Ok(body),
+            number => Err(Fault {
+                code: FaultCode::from_number(number),
+                message: String::from_utf8_lossy(&body).into_owned(),
+            }),
+        }
+    }
+}
+
+/// Build-time calls of a model plugin ([`crate::author::Model`]). All may be called from any thread.
+#[repr(C)]
+pub struct ModelTable {
+    pub struct_size: usize,
+    /// [`crate::model::GgufQuery`] to [`crate::model::GgufAnswer`].
+    pub from_gguf: extern "C" fn(request: RSlice<'_, u8>) -> Reply,
+    /// [`crate::model::ModelOptions`] to a handle, written to `model` on success; the body is empty.
+    pub open: unsafe extern "C" fn(request: RSlice<'_, u8>, model: *mut *mut c_void) -> Reply,
+    /// To [`crate::model::ModelDescription`].
+    pub describe: unsafe extern "C" fn(model: *const c_void) -> Reply,
+    /// [`crate::model::EmitModel`] to [`crate::fragment::Package`].
+    pub emit: unsafe extern "C" fn(model: *const c_void, request: RSlice<'_, u8>) -> Reply,
+    pub close: unsafe extern "C" fn(model: *mut c_void),
+}
+
+/// Build-time calls of an attention plugin ([`crate::author::Attention`]). All may be called from any thread.
+#[repr(C)]
+pub struct AttentionTable {
+    pub struct_size: usize,
+    /// [`crate::attention::AttentionQuery`] to [`crate::attention::AttentionAnswer`].
+    pub query: extern "C" fn(request: RSlice<'_, u8>) -> Reply,
+    /// [`crate::attention::EmitAttention`] to [`crate::fragment::Package`].
+    pub emit: extern "C" fn(request: RSlice<'_, u8>) -> Reply,
+}
+
+/// What every plugin offers, whatever its kind.
+#[repr(C)]
+pub struct RuntimeTable {
+    pub struct_size: usize,
+    /// Hands the host's table to the plugin, once, before any other table is used. It lives as long as the process.
+    pub attach: unsafe extern "C" fn(host: *const HostTable),
+}
+
+/// What the host offers to plugins.
+#[repr(C)]
+pub struct HostTable {
+    pub struct_size: usize,
+    /// Takes a log line. Levels: 1 error, 2 warn, 3 info, 4 debug, 5 trace.
+    pub log: extern "C" fn(level: u32, target: RStr<'_>, message: RStr<'_>),
+}
+
+/// Reads the slot at `offset` of a table, or `None` if the table ends before it or the slot is null.
+///
+/// # Safety
+/// `table` points to a live table headed by its `struct_size`, and the slot at `offset` is of type `F`, a function
+/// pointer.
+pub unsafe fn slot<T, F: Copy>(table: *const T, offset: usize) -> Option<F> {
+    // SAFETY: every table begins with its size (caller's promise).
+    let size = unsafe { table.cast::<usize>().read() };
+    if offset + size_of::<F>() > size {
+        return None;
+    }
+    // SAFETY: the slot lies within the table, as the size says; `Option` of a function pointer may be null.
+    unsafe { table.cast::<u8>().add(offset).cast::<Option<F>>().read() }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::mem::offset_of;
+
+    use super::*;
+
+    /// The layouts that are out there. A line may be added, never changed: append new slots at the end of a table.
+    #[test]
+    fn layouts_are_frozen() {
+        assert_eq!(offset_of!(Reply, status), 0);
+        assert_eq!(offset_of!(Reply, body), 8);
+        assert_eq!(size_of::<Reply>(), 8 + size_of::<RVec<u8>>());
+        let model = [
+            offset_of!(ModelTable, struct_size),
+            offset_of!(ModelTable, from_gguf),
+            offset_of!(ModelTable, open),
+            offset_of!(ModelTable, describe),
+            offset_of!(ModelTable, emit),
+            offset_of!(ModelTable, close),
+        ];
+        assert_eq!(model, [0, 8, 16, 24, 32, 40]);
+        let attention = [
+            offset_of!(AttentionTable, struct_size),
+            offset_of!(AttentionTable, query),
+            offset_of!(AttentionTable, emit),
+        ];
+        assert_eq!(attention, [0, 8, 16]);
+        assert_eq!([offset_of!(RuntimeTable, struct_size), offset_of!(RuntimeTable, attach)], [0, 8]);
+        assert_eq!([offset_of!(HostTable, struct_size), offset_of!(HostTable, log)], [0, 8]);
+    }
+
+    #[test]
+    fn a_slot_past_the_end_of_an_older_table_is_none() {
+        extern "C" fn answer() -> u32 {
+            7
+        }
+        #[repr(C)]
+        struct Newer {
+            struct_size: usize,
+            first: extern "C" fn() -> u32,
+            second: extern "C" fn() -> u32,
+        }
+        let older = Newer { struct_size: offset_of!(Newer, second), first: answer, second: answer };
+        // SAFETY: `older` is a live table and both slots are of the type named.
+        let (first, second) = unsafe {
+            (
+                slot::<Newer, extern "C" fn() -> u32>(&older, offset_of!(Newer, first)),
+                slot::<Newer, extern "C" fn() -> u32>(&older, offset_of!(Newer, second)),
+            )
+        };
+        assert_eq!(first.map(|f| f()), Some(7));
+        assert!(second.is_none());
+        assert_eq!((older.second)(), 7);
+    }
+}
