@@ -257,7 +257,8 @@ pub trait Engine: Send + Sync {
 
     fn readiness(&self) -> Readiness;
 
-    fn info(&self) -> ModelInfo;
+    /// `None` until the model is loaded.
+    fn info(&self) -> Option<ModelInfo>;
 
     fn stats(&self) -> EngineStats;
 

@@ -1,1 +1,28 @@
-//! Find, check and load plugins; link their fragments
+//! Finds, checks and loads plugins, keeps a registry of them, and links the fragments they emit.
+//!
+//! A plugin is either linked into the binary or loaded from a shared library; both offer the same entry
+//! (`torus_abi::export::PluginEntry`) and are used through [`Plugin`].
+//!
+//! Deliberately absent: compiling and running what is linked (`torus-engine`), and unloading: code that was loaded
+//! stays mapped until the process ends, because nothing in it can be proved unreachable.
+//!
+//! Invariants:
+//! - Only this crate opens plugin libraries, and only copies of them under their content's hash, so that a file
+//!   overwritten by its author never changes under a running server.
+//! - A plugin that cannot be used is an error with its path and reason, never left out silently.
+//! - The linker compares signatures; it never reads a function's body.
+//!
+//! Plugins run in this process with its full rights. Their panics are caught; a segmentation fault is not.
+
+mod error;
+mod library;
+pub mod link;
+mod plugin;
+mod registry;
+mod search;
+
+pub use error::{CallError, LinkError, LoadError};
+pub use library::LibraryCache;
+pub use plugin::{AttentionInterface, ModelInterface, OpenModel, Origin, Plugin};
+pub use registry::{Registry, RegistryError};
+pub use search::{SearchPath, candidates};

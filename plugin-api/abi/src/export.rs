@@ -236,7 +236,9 @@ fn answer(call: impl FnOnce() -> Result<Vec<u8>, Fault>) -> Reply {
     // The closure's state is dropped on a panic and nothing of it is seen again, except a model, whose author answers
     // for it (`Model: Sync`).
     let result = catch_unwind(AssertUnwindSafe(call));
-    Reply::new(result.unwrap_or_else(|panic| Err(Fault::internal(format!("the plugin panicked: {}", panic_text(&*panic))))))
+    Reply::new(
+        result.unwrap_or_else(|panic| Err(Fault::internal(format!("the plugin panicked: {}", panic_text(&*panic))))),
+    )
 }
 
 fn parse<T: DeserializeOwned>(request: RSlice<'_, u8>) -> Result<T, Fault> {
