@@ -1,1 +1,47 @@
-//! Load generators and step benches behind 'torus bench'
+#![forbid(unsafe_code)]
+//! The benches behind `torus bench`: load generators that talk HTTP, so that they measure what a client sees, of this
+//! server and of any other with the same endpoints.
+//!
+//! Deliberately absent: a tokenizer. Random prompts are token ids; where a prompt is text, lengths are what the server
+//! reports.
+//!
+//! Invariants:
+//! - A workload is a function of its options and its seed: the same prompts, lengths and order on every run.
+//! - Every number printed was measured in this run; what was not measured is left out, not estimated.
+
+mod arrivals;
+mod backend;
+mod bandwidth;
+mod client;
+mod one_batch;
+mod report;
+mod server;
+mod serving;
+mod sse;
+mod stats;
+#[cfg(test)]
+mod testing;
+mod workload;
+
+pub use one_batch::OneBatchArgs;
+pub use serving::ServingArgs;
+
+/// What `torus bench` measures.
+#[derive(Debug, clap::Subcommand)]
+pub enum Bench {
+    /// Send many requests to a running server and report throughput and latencies.
+    Serving(Box<ServingArgs>),
+    /// Time one batch of equal requests at a time, against a running server or one started for it.
+    OneBatch(OneBatchArgs),
+}
+
+/// Runs a bench to its end.
+pub fn run(bench: Bench) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(async {
+        match bench {
+            Bench::Serving(args) => serving::run(&args).await,
+            Bench::OneBatch(args) => one_batch::run(&args).await,
+        }
+    })
+}
