@@ -171,15 +171,9 @@ impl<'f> Func<'f> {
         state.context.iter().enumerate().map(part).collect()
     }
 
-    /// Takes values of the calling function into an outlined one ([`Func::outline`]): each becomes an argument here
-    /// and an operand of the call.
+    /// Declares an argument that stands for a value of the calling function.
     #[track_caller]
-    pub fn pass<T: Pass + ?Sized>(&'f self, value: &T) -> T::In<'f> {
-        value.pass(self)
-    }
-
-    #[track_caller]
-    fn pass_value(&'f self, outer: Value<'_>) -> Value<'f> {
+    pub(crate) fn pass_value(&'f self, outer: Value<'_>) -> Value<'f> {
         let Some(id) = outer.id() else { return self.poison() };
         if self.parent != Some(outer.func.address()) {
             let operands = vec![outer.shape()];
@@ -189,34 +183,9 @@ impl<'f> Func<'f> {
         self.argument(outer.shape())
     }
 
-    /// Builds a function of its own and calls it. Functions of the same name and text are kept once, so that layers
-    /// of equal types share one. The closure takes what it needs with [`Func::pass`].
-    ///
-    /// ```
-    /// # use torus_hlo::{Builder, DType, Shape, axes::*};
-    /// # let builder = Builder::new("doc");
-    /// # builder.function("f", |f| {
-    /// # let x = f.argument(Shape::new(DType::F32, [(HIDDEN, 4)]));
-    /// let doubled = f.outline("double", |g| {
-    ///     let x = g.pass(&x);
-    ///     vec![x + x]
-    /// });
-    /// # doubled });
-    /// # assert_eq!(builder.finish().unwrap().functions.len(), 2);
-    /// ```
-    #[track_caller]
-    pub fn outline(
-        &'f self,
-        name: &str,
-        body: impl for<'g> FnOnce(&'g Func<'g>) -> Vec<Value<'g>>,
-    ) -> Vec<Value<'f>> {
-        let location = Location::caller();
-        let inner = Func::new(self.builder, name, Some(self.address()));
-        let results = body(&inner);
-        let operands: Vec<_> = inner.body.borrow().passed.iter().map(|id| Value::new(self, *id)).collect();
-        let finished = inner.finish(&results, location);
-        let callee = self.builder.insert_shared(name, finished, location);
-        self.call(&callee, &operands)
+    /// For an outlined function: the values of `caller` that were passed, in order.
+    pub(crate) fn passed<'c>(&self, caller: &'c Func<'c>) -> Vec<Value<'c>> {
+        self.body.borrow().passed.iter().map(|id| Value::new(caller, *id)).collect()
     }
 
     /// Makes the results known and prints the function.
@@ -380,12 +349,14 @@ impl<'f> Func<'f> {
         if operands.iter().any(|value| value.id().is_none()) {
             return None;
         }
-        let outcome = self.usable(operands).and_then(|()| plan());
-        let record = |reason| {
-            let shapes = operands.iter().map(Value::shape).collect();
-            self.record(Location::caller(), spec.short(), shapes, reason);
-        };
-        outcome.map_err(record).ok()
+        match self.usable(operands).and_then(|()| plan()) {
+            Ok(planned) => Some(planned),
+            Err(reason) => {
+                let shapes = operands.iter().map(Value::shape).collect();
+                self.record(Location::caller(), spec.short(), shapes, reason);
+                None
+            }
+        }
     }
 
     /// Operands must belong to this function and be defined in a block that is still open.
@@ -409,66 +380,5 @@ impl Body {
         self.types.push(shape.clone());
         self.values.push(Entry { shape, ssa, block });
         (ValueId::new(self.values.len() - 1), ssa)
-    }
-}
-
-/// What can be passed into an outlined function: values, weights, lists and options of them. Models implement it for
-/// their own structs of weights by passing field after field.
-pub trait Pass {
-    type In<'g>;
-
-    #[track_caller]
-    fn pass<'g>(&self, g: &'g Func<'g>) -> Self::In<'g>;
-}
-
-impl Pass for Value<'_> {
-    type In<'g> = Value<'g>;
-
-    #[track_caller]
-    fn pass<'g>(&self, g: &'g Func<'g>) -> Value<'g> {
-        g.pass_value(*self)
-    }
-}
-
-impl Pass for Weight<'_> {
-    type In<'g> = Weight<'g>;
-
-    #[track_caller]
-    fn pass<'g>(&self, g: &'g Func<'g>) -> Weight<'g> {
-        Weight { parts: self.parts.pass(g), operand: self.operand.clone() }
-    }
-}
-
-impl<T: Pass> Pass for Option<T> {
-    type In<'g> = Option<T::In<'g>>;
-
-    #[track_caller]
-    fn pass<'g>(&self, g: &'g Func<'g>) -> Self::In<'g> {
-        match self {
-            Some(value) => Some(value.pass(g)),
-            None => None,
-        }
-    }
-}
-
-impl<T: Pass> Pass for Vec<T> {
-    type In<'g> = Vec<T::In<'g>>;
-
-    #[track_caller]
-    fn pass<'g>(&self, g: &'g Func<'g>) -> Self::In<'g> {
-        self.as_slice().pass(g)
-    }
-}
-
-impl<T: Pass> Pass for [T] {
-    type In<'g> = Vec<T::In<'g>>;
-
-    #[track_caller]
-    fn pass<'g>(&self, g: &'g Func<'g>) -> Self::In<'g> {
-        let mut inner = Vec::with_capacity(self.len());
-        for value in self {
-            inner.push(value.pass(g));
-        }
-        inner
     }
 }

@@ -39,18 +39,23 @@ mod literal;
 mod module;
 pub mod nn;
 mod ops;
+mod outline;
 mod print;
 mod shape;
 mod value;
 
+#[cfg(test)]
+mod tests;
+
 pub use builder::{Builder, Callee};
 pub use error::BuildError;
-pub use func::{Func, Pass};
+pub use func::Func;
 pub use import::{AttentionBlock, GatedMlp, Heads, Linear, Weight};
 pub use ir::Attribute;
 pub use literal::{Element, Literal, Scalar};
 pub use module::module_text;
 pub use ops::{BackendConfig, CustomCall, Direction, Dot, Group, Order, Precision, Scatter, ScatterMode};
+pub use outline::Pass;
 pub use shape::{Axis, IntoAxes, Shape, axes};
 pub use torus_abi::{DType, TensorType};
 pub use value::{IntoValue, Value};

@@ -207,16 +207,43 @@ impl<'f> Value<'f> {
     #[track_caller]
     pub fn rotary(self, cos: Value<'f>, sin: Value<'f>) -> Self {
         let (pairs, dim) = (cos.size(ROTARY), self.size(HEAD_DIM));
-        let half = |start: u64| {
-            let half = self.slice(HEAD_DIM, start..start.saturating_add(pairs));
-            half.rename(HEAD_DIM, ROTARY).convert(DType::F32)
-        };
-        let (first, second) = (half(0), half(pairs));
+        let first = self.slice(HEAD_DIM, 0..pairs).rename(HEAD_DIM, ROTARY).convert(DType::F32);
+        let second = self.slice(HEAD_DIM, pairs..2 * pairs).rename(HEAD_DIM, ROTARY).convert(DType::F32);
         let turned = [first * cos - second * sin, second * cos + first * sin];
         let mut parts = turned.map(|part| part.convert(self.dtype()).rename(ROTARY, HEAD_DIM)).to_vec();
         if 2 * pairs < dim {
             parts.push(self.slice(HEAD_DIM, 2 * pairs..dim));
         }
         self.func.concatenate(HEAD_DIM, &parts)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Deserialize)]
+    struct Golden {
+        name: String,
+        rotary_dim: u64,
+        theta: f64,
+        scaling: RopeScaling,
+        max_length: u64,
+        radians: Vec<f32>,
+        attention_factor: f64,
+    }
+
+    #[test]
+    fn frequencies_agree_with_transformers() {
+        let goldens: Vec<Golden> = serde_json::from_str(include_str!("../../testdata/rope.json")).unwrap();
+        assert_eq!(goldens.len(), 14);
+        for Golden { name, rotary_dim, theta, scaling, max_length, radians, attention_factor } in goldens {
+            let found = Rope { rotary_dim, theta, scaling, max_length }.frequencies();
+            assert_eq!(found.radians.len(), radians.len(), "{name}");
+            assert!((found.attention_factor as f64 - attention_factor).abs() < 1e-7, "{name}: {found:?}");
+            for (found, expected) in found.radians.iter().zip(&radians) {
+                assert!((found - expected).abs() <= 3e-7 * expected.abs(), "{name}: {found} {expected}");
+            }
+        }
     }
 }
