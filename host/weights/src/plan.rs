@@ -1,0 +1,219 @@
+//! Holds a model's description against a checkpoint: which tensors make up which weight, and everything that is wrong,
+//! before anything is read.
+
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+
+use torus_abi::{
+    TensorType,
+    model::{GgufAnswer, ModelDescription, Transform, WeightSource, WeightSpec},
+};
+
+use crate::{Checkpoint, Problem, StorageDType, StorageType, TensorEntry, WeightsError, view::shape_after};
+
+/// How each weight of a model is made of a checkpoint's tensors.
+#[derive(Debug)]
+pub struct LoadPlan<'a> {
+    pub(crate) checkpoint: &'a Checkpoint,
+    weights: Vec<PlannedWeight>,
+    ignored: Vec<String>,
+    storage_types: BTreeMap<StorageType, usize>,
+}
+
+/// A weight and the tensors it is made of.
+#[derive(Clone, Debug)]
+pub struct PlannedWeight {
+    pub name: String,
+    pub shape: Vec<u64>,
+    pub dtype: StorageDType,
+    pub(crate) sources: Vec<PlannedSource>,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct PlannedSource {
+    pub tensor: String,
+    pub entry: TensorEntry,
+    pub transforms: Vec<Transform>,
+}
+
+impl PlannedWeight {
+    pub fn tensor_type(&self) -> TensorType {
+        TensorType::new(self.dtype.dtype(), self.shape.as_slice())
+    }
+
+    /// Size once loaded.
+    pub fn bytes(&self) -> usize {
+        self.shape.iter().product::<u64>() as usize * self.dtype.bytes()
+    }
+
+    /// Size of its tensors in the files.
+    pub fn source_bytes(&self) -> usize {
+        self.sources.iter().map(|source| source.entry.bytes()).sum()
+    }
+}
+
+impl<'a> LoadPlan<'a> {
+    /// `gguf` is what the model's plugin answered, if the checkpoint is a GGUF file; `storage` decides what each weight
+    /// is stored as.
+    ///
+    /// Tensors that are missing, unknown to the model (and not ignored by it), misshapen or unreadable are all named in
+    /// one [`WeightsError::Mismatch`].
+    pub fn new(
+        checkpoint: &'a Checkpoint,
+        description: &ModelDescription,
+        gguf: Option<&GgufAnswer>,
+        storage: impl Fn(&WeightSpec) -> StorageDType,
+    ) -> Result<Self, WeightsError> {
+        if checkpoint.is_gguf() && gguf.is_none() {
+            return Err(WeightsError::NoGgufReading { path: checkpoint.path().to_owned() });
+        }
+        let mut planner = Planner { checkpoint, gguf, taken: BTreeSet::new(), problems: Vec::new() };
+        let mut names = HashSet::new();
+        let mut weights = Vec::with_capacity(description.weights.len());
+        for spec in &description.weights {
+            if !names.insert(&spec.name) {
+                planner.problems.push(Problem::DuplicateWeight { weight: spec.name.clone() });
+            }
+            weights.extend(planner.weight(spec, storage(spec)));
+        }
+        let ignored = planner.leftovers(description);
+        let Planner { taken, problems, .. } = planner;
+        if !problems.is_empty() {
+            let (path, architecture) = (checkpoint.path().to_owned(), description.architecture.clone());
+            return Err(WeightsError::Mismatch { path, architecture, problems });
+        }
+        let mut storage_types = BTreeMap::new();
+        for name in taken {
+            *storage_types.entry(checkpoint.tensors()[name].storage).or_default() += 1;
+        }
+        Ok(Self { checkpoint, weights, ignored, storage_types })
+    }
+
+    /// In the order in which they will be put into the sink: the description's.
+    pub fn weights(&self) -> &[PlannedWeight] {
+        &self.weights
+    }
+
+    /// Tensors of the checkpoint that the model knows and does not need.
+    pub fn ignored(&self) -> &[String] {
+        &self.ignored
+    }
+
+    /// How many of the tensors taken are stored how.
+    pub fn storage_types(&self) -> &BTreeMap<StorageType, usize> {
+        &self.storage_types
+    }
+
+    /// Size of all weights once loaded.
+    pub fn bytes(&self) -> u64 {
+        self.weights.iter().map(|weight| weight.bytes() as u64).sum()
+    }
+}
+
+struct Planner<'a, 'd> {
+    checkpoint: &'a Checkpoint,
+    gguf: Option<&'d GgufAnswer>,
+    /// Tensors of the checkpoint that some weight is made of.
+    taken: BTreeSet<&'a str>,
+    problems: Vec<Problem>,
+}
+
+impl<'a> Planner<'a, '_> {
+    /// `None` if something is wrong with it, which `problems` then says.
+    fn weight(&mut self, spec: &WeightSpec, dtype: StorageDType) -> Option<PlannedWeight> {
+        let sources: Vec<_> = spec.sources.iter().map(|source| self.source(spec, source)).collect();
+        let sources = sources.into_iter().collect::<Option<Vec<_>>>()?;
+        let shapes: Vec<_> = sources.iter().map(|(_, shape)| shape.clone()).collect();
+        if concatenated(&shapes).as_ref() != Some(&spec.shape) {
+            let (weight, declared) = (spec.name.clone(), spec.shape.clone());
+            self.problems.push(Problem::Assembly { weight, declared, assembled: shapes });
+            return None;
+        }
+        let sources = sources.into_iter().map(|(source, _)| source).collect();
+        Some(PlannedWeight { name: spec.name.clone(), shape: spec.shape.clone(), dtype, sources })
+    }
+
+    /// The tensor, everything to be done to it, and the shape it then has.
+    fn source(&mut self, spec: &WeightSpec, source: &WeightSource) -> Option<(PlannedSource, Vec<u64>)> {
+        let checkpoint = self.checkpoint;
+        let (name, own_transforms) = match self.gguf {
+            None => (Some(source.tensor.as_str()), [].as_slice()),
+            Some(answer) => match answer.tensors.get(&source.tensor) {
+                Some(tensor) => (Some(tensor.name.as_str()), tensor.transforms.as_slice()),
+                None => (None, [].as_slice()),
+            },
+        };
+        let Some((name, entry)) = name.and_then(|name| checkpoint.tensors().get_key_value(name)) else {
+            let place = name.filter(|name| *name != source.tensor).map(str::to_owned);
+            let (tensor, weight) = (source.tensor.clone(), spec.name.clone());
+            self.problems.push(Problem::Missing { tensor, weight, place });
+            return None;
+        };
+        self.taken.insert(name);
+        let problem = match self.shapes(entry, own_transforms, source) {
+            Ok(_) if !entry.storage.is_readable() => {
+                Problem::Storage { tensor: name.to_owned(), storage: entry.storage }
+            }
+            Ok(shape) => {
+                let transforms = [own_transforms, &source.transforms].concat();
+                return Some((PlannedSource { tensor: name.to_owned(), entry: entry.clone(), transforms }, shape));
+            }
+            Err(problem) => problem,
+        };
+        self.problems.push(problem);
+        None
+    }
+
+    /// The shape after all transforms. In between, what the file's own leave must be what the model expects.
+    fn shapes(&self, entry: &TensorEntry, own: &[Transform], source: &WeightSource) -> Result<Vec<u64>, Problem> {
+        let impossible = |reason| Problem::Transform { tensor: source.tensor.clone(), reason };
+        let apply = |shape: Vec<u64>, transform: &Transform| shape_after(&shape, transform);
+        if entry.shape.contains(&0) {
+            return Err(impossible(format!("it is empty: {:?}", entry.shape)));
+        }
+        let found = own.iter().try_fold(entry.shape.clone(), apply).map_err(impossible)?;
+        if found != source.shape {
+            let (tensor, expected) = (source.tensor.clone(), source.shape.clone());
+            return Err(Problem::Shape { tensor, expected, found });
+        }
+        source.transforms.iter().try_fold(found, apply).map_err(impossible)
+    }
+
+    /// Sorts the tensors that no weight takes into ignored ones, which are returned, and problems.
+    fn leftovers(&mut self, description: &ModelDescription) -> Vec<String> {
+        let by_model = |name: &str| matches_any(&description.ignored_tensors, name);
+        // What the model ignores, it ignores under the Hugging Face name.
+        let renamed = self.gguf.iter().flat_map(|answer| &answer.tensors).filter(|(name, _)| by_model(name));
+        let renamed: BTreeSet<&str> = renamed.map(|(_, tensor)| tensor.name.as_str()).collect();
+        let is_ignored = |name: &str| match self.gguf {
+            None => by_model(name),
+            Some(answer) => renamed.contains(name) || matches_any(&answer.ignored_tensors, name),
+        };
+        let left = self.checkpoint.tensors().iter().filter(|(name, _)| !self.taken.contains(name.as_str()));
+        let (ignored, extra): (Vec<_>, Vec<_>) = left.partition(|(name, _)| is_ignored(name));
+        let extra = extra.into_iter().map(|(name, entry)| (name.clone(), entry.shape.clone()));
+        self.problems.extend(extra.map(|(tensor, shape)| Problem::Extra { tensor, shape }));
+        ignored.into_iter().map(|(name, _)| name.clone()).collect()
+    }
+}
+
+/// The shape of tensors joined along the first axis; `None` if their other axes differ.
+fn concatenated(shapes: &[Vec<u64>]) -> Option<Vec<u64>> {
+    let (first, rest) = shapes.split_first()?;
+    rest.iter().try_fold(first.clone(), |mut joined, shape| {
+        let same = !joined.is_empty() && !shape.is_empty() && joined[1..] == shape[1..];
+        joined.first_mut().filter(|_| same).and_then(|rows| Some(*rows = rows.checked_add(shape[0])?))?;
+        Some(joined)
+    })
+}
+
+/// A pattern is a name, or the start of names followed by `*`.
+fn matches_any(patterns: &[String], name: &str) -> bool {
+    let matches = |pattern: &String| match pattern.strip_suffix('*') {
+        Some(start) => name.starts_with(start),
+        None => name == pattern,
+    };
+    patterns.iter().any(matches)
+}
+
+#[cfg(test)]
+mod tests;
