@@ -1,1 +1,3 @@
-#![doc = "Whole-system tests."]
+//! Tests over the whole system, in one binary so that it links once.
+
+mod architecture;

@@ -3,3 +3,11 @@
 //! [`api`] is the only part that the HTTP server and the tools see.
 
 pub mod api;
+mod compile;
+//pub mod config;
+mod handle;
+mod program;
+mod request;
+mod sampling;
+#[cfg(test)]
+mod testing;

@@ -1,0 +1,94 @@
+//! How an engine is set up.
+
+use std::path::PathBuf;
+
+use torus_plugins::Registry;
+
+/// Everything an engine is made from. Fields left `None` are decided from the model, the device and its memory.
+#[derive(Clone, Debug)]
+pub struct EngineConfig {
+    /// The name in log lines and metrics.
+    pub name: String,
+    /// Folder or `.gguf` file, already on this machine.
+    pub model: torus_weights::ResolvedModel,
+    pub plugins: Registry,
+    /// Tokens that end a sequence, from everywhere the checkpoint names them: config, generation config, tokenizer,
+    /// GGUF metadata.
+    pub end_token_ids: Vec<u32>,
+    pub device: DeviceConfig,
+    pub dtype: DtypeChoice,
+    /// Name of an attention plugin; `None` = the one that scores highest.
+    pub attention_backend: Option<String>,
+    /// Longest prompt plus output, at most what the model allows; `None` = the model's, as far as the pool holds it.
+    pub context_length: Option<usize>,
+    pub memory: MemoryConfig,
+    pub schedule: ScheduleConfig,
+    /// Seed of requests that bring none.
+    pub random_seed: u64,
+    /// Folder of compiled executables; `None` = nothing is kept.
+    pub cache_dir: Option<PathBuf>,
+    /// A step that takes longer than this is reported, and the engine is no longer healthy.
+    pub watchdog_timeout: std::time::Duration,
+    /// Show progress bars on the terminal while loading and compiling.
+    pub progress: bool,
+    /// Steps that fail on purpose, for tests of recovery (`TORUS_TEST_FAIL_STEP`): the step that first computes a
+    /// request whose prompt holds this token fails.
+    pub fail_on_token: Option<u32>,
+}
+
+/// The device and the library that drives it.
+#[derive(Clone, Debug)]
+pub struct DeviceConfig {
+    pub platform: Platform,
+    /// The PJRT plugin.
+    pub pjrt_plugin: PathBuf,
+    /// Threads of the CPU client; `None` = as affinity and cgroup allow.
+    pub cpu_threads: Option<usize>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Platform {
+    Cpu,
+    Tpu,
+    Cuda,
+}
+
+/// `--dtype`: of activations; weights follow it unless the checkpoint is quantized.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DtypeChoice {
+    /// The checkpoint's.
+    #[default]
+    Auto,
+    Float32,
+    Bfloat16,
+}
+
+#[derive(Clone, Debug, Default)]
+pub struct MemoryConfig {
+    /// Bytes of host memory that this process may still take: what the machine and the cgroup leave. `None` = unknown.
+    pub available_bytes: Option<u64>,
+    /// Tokens in a page; `None` = 16 on CPU, 128 on TPU.
+    pub page_size: Option<usize>,
+    /// Tokens the KV pool holds; `None` = as memory allows.
+    pub max_total_tokens: Option<usize>,
+    /// Share of the device's memory for weights and KV; `None` on a CPU = the smaller of 4 GiB and a quarter of what
+    /// the cgroup leaves for KV.
+    pub mem_fraction_static: Option<f64>,
+}
+
+#[derive(Clone, Debug)]
+pub struct ScheduleConfig {
+    /// Requests that run at once; `None` = 64 on CPU, 256 elsewhere, fewer if the pool is small.
+    pub max_running_requests: Option<usize>,
+    /// Tokens a step computes at most (`--chunked-prefill-size`); `None` = 512 on CPU, 2,048 elsewhere.
+    pub chunked_prefill_size: Option<usize>,
+    /// Prompt tokens of one step at most, beside the chunk size (`--max-prefill-tokens`).
+    pub max_prefill_tokens: usize,
+    /// Requests that wait at most; more are refused.
+    pub max_queued_requests: usize,
+    pub policy: torus_sched::Policy,
+    /// Reuse the KV of shared prefixes.
+    pub prefix_cache: bool,
+    /// Prepare step N+1 while step N runs.
+    pub overlap: bool,
+}

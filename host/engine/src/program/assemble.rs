@@ -1,0 +1,405 @@
+//! Puts a step program together: the model's and the attention plugin's fragments, the host's imports, sampling, and
+//! `@main` around them.
+
+use torus_abi::{
+    DType, TensorType,
+    attention::{AttentionAnswer, AttentionQuery, EmitAttention},
+    fragment::{Fragment, Operand, WeightHandle},
+    model::{EmitModel, ModelDescription, ModelPart, StateHandle},
+    step::{StepInput, StepShape},
+};
+use torus_hlo::{
+    Axis, Builder, Callee, Func, Scatter, Shape, Value,
+    axes::{HIDDEN, ROWS, SLOTS, TOKENS, VOCAB},
+};
+use torus_plugins::{
+    AttentionInterface, CallError, LinkError, OpenModel,
+    link::{self, Unit},
+};
+
+use super::{
+    Field, Rows, StepLayout,
+    imports::{self, Storage},
+};
+use crate::sampling::{RowParameters, SamplingInputs, sample};
+
+/// Everything that programs of one engine have in common.
+pub(crate) struct Assembler {
+    pub model: OpenModel,
+    pub description: ModelDescription,
+    pub attention: AttentionInterface,
+    /// One for each kind of layers, for a step of one token; the shape is replaced.
+    pub queries: Vec<AttentionQuery>,
+    pub activations: DType,
+    /// Dtype of matrices on the device.
+    pub matrices: DType,
+    pub max_running: u64,
+}
+
+/// A program's text and how its step buffer is laid out.
+pub(crate) struct Program {
+    pub text: String,
+    pub layout: StepLayout,
+}
+
+/// A program cannot be put together: a plugin's doing.
+#[derive(Debug, thiserror::Error)]
+pub enum AssembleError {
+    #[error(transparent)]
+    Call(#[from] CallError),
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    #[error("the step program cannot be built: {0}")]
+    Build(String),
+}
+
+/// Types of the arguments of `@main`, in order, and of its results.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Arguments {
+    /// One for each weight of the description.
+    pub weights: Vec<TensorType>,
+    /// Parts of the pools, layer by layer.
+    pub pools: Vec<TensorType>,
+    pub rows: RowArrays,
+}
+
+/// The arrays that stay on the device from step to step and have a row or entry for each slot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct RowArrays {
+    /// `i32 [slots]`
+    pub last_tokens: TensorType,
+    /// `i32 [page_table]`
+    pub page_table: TensorType,
+    /// `i32 [slots, vocab]`
+    pub token_counts: TensorType,
+    /// `f32 [slots, vocab]`
+    pub bias: TensorType,
+    /// `u32 [slots, words]`
+    pub allowed: TensorType,
+}
+
+impl Assembler {
+    /// The pool of a layer and the context, per kind, for a shape.
+    fn answers(&self, shape: StepShape) -> Result<Vec<(AttentionQuery, AttentionAnswer)>, AssembleError> {
+        let ask = |query: &AttentionQuery| {
+            let query = AttentionQuery { shape, ..query.clone() };
+            let answer = self.attention.query(&query)?;
+            Ok((query, answer))
+        };
+        self.queries.iter().map(ask).collect()
+    }
+
+    fn weight_handle(&self, index: usize) -> WeightHandle {
+        let spec = &self.description.weights[index];
+        self.storage(index).handle(&spec.shape)
+    }
+
+    pub fn storage(&self, index: usize) -> Storage {
+        imports::storage(&self.description.weights[index], self.matrices)
+    }
+
+    /// The arguments of every program but the step buffer. They are the same for all buckets.
+    pub fn arguments(&self, shape: StepShape) -> Result<Arguments, AssembleError> {
+        let answers = self.answers(shape)?;
+        let layers = self.description.layers.iter();
+        let slots = self.max_running + 1;
+        let vocab = self.description.vocab;
+        let ty = |dtype, dims: &[u64]| TensorType::new(dtype, dims);
+        Ok(Arguments {
+            weights: (0..self.description.weights.len()).flat_map(|i| self.weight_handle(i).parts).collect(),
+            pools: layers.flat_map(|kind| answers[*kind].1.pool.clone()).collect(),
+            rows: RowArrays {
+                last_tokens: ty(DType::I32, &[slots]),
+                page_table: ty(DType::I32, &[shape.page_table]),
+                token_counts: ty(DType::I32, &[slots, vocab]),
+                bias: ty(DType::F32, &[slots, vocab]),
+                allowed: ty(DType::U32, &[slots, vocab.div_ceil(32)]),
+            },
+        })
+    }
+
+    /// Puts the program of a bucket together.
+    pub fn program(&self, shape: StepShape, rows: Rows) -> Result<Program, AssembleError> {
+        let layout = StepLayout::new(shape, rows);
+        let answers = self.answers(shape)?;
+        let hidden = self.emit(ModelPart::Hidden { shape, capture: Vec::new() }, &answers)?;
+        let head = self.emit(ModelPart::Head { rows: layout.rows as u64 }, &answers)?;
+        let emit_attention = |(kind, (query, _)): (usize, &(AttentionQuery, AttentionAnswer))| {
+            Ok(self.attention.emit(&EmitAttention { kind, query: query.clone() })?.fragment)
+        };
+        let attention: Vec<Fragment> =
+            answers.iter().enumerate().map(emit_attention).collect::<Result<_, AssembleError>>()?;
+        let parts = Parts {
+            assembler: self,
+            layout: &layout,
+            arguments: self.arguments(shape)?,
+            answers: &answers,
+            hidden: Unit { plugin: self.model.plugin(), fragment: &hidden },
+            head: Unit { plugin: self.model.plugin(), fragment: &head },
+            attention: attention
+                .iter()
+                .map(|fragment| Unit { plugin: self.attention.plugin(), fragment })
+                .collect(),
+        };
+        let text = parts.link()?;
+        Ok(Program { text, layout })
+    }
+
+    fn emit(
+        &self,
+        part: ModelPart,
+        answers: &[(AttentionQuery, AttentionAnswer)],
+    ) -> Result<Fragment, AssembleError> {
+        let handles = |i: usize| (self.description.weights[i].name.clone(), self.weight_handle(i));
+        let state = |(_, answer): &(AttentionQuery, AttentionAnswer)| StateHandle {
+            pool: answer.pool.clone(),
+            context: answer.context.clone(),
+        };
+        let request = EmitModel {
+            part,
+            dtype: self.activations,
+            weights: (0..self.description.weights.len()).map(handles).collect(),
+            state: answers.iter().map(state).collect(),
+        };
+        Ok(self.model.emit(&request)?.fragment)
+    }
+}
+
+/// The fragments of one program.
+struct Parts<'a> {
+    assembler: &'a Assembler,
+    layout: &'a StepLayout,
+    arguments: Arguments,
+    answers: &'a [(AttentionQuery, AttentionAnswer)],
+    hidden: Unit<'a>,
+    head: Unit<'a>,
+    /// One for each kind of layers.
+    attention: Vec<Unit<'a>>,
+}
+
+/// Values that exports may ask for, by their meaning.
+struct Scope<'f> {
+    known: Vec<(Operand, Value<'f>)>,
+}
+
+impl<'f> Scope<'f> {
+    fn set(&mut self, meaning: Operand, value: Value<'f>) {
+        self.known.retain(|(known, _)| *known != meaning);
+        self.known.push((meaning, value));
+    }
+
+    fn get(&self, meaning: &Operand) -> Option<Value<'f>> {
+        self.known.iter().find(|(known, _)| known == meaning).map(|(_, value)| *value)
+    }
+
+    /// Calls an export with what it asks for, and takes its results in.
+    fn call(&mut self, func: &'f Func<'f>, unit: Unit<'_>, name: &str) -> Result<(), LinkError> {
+        let (export, function) = link::export(unit, name)?;
+        let mut operands = Vec::with_capacity(export.arguments.len());
+        for (meaning, expected) in export.arguments.iter().zip(&function.arguments) {
+            let missing = || LinkError::Malformed {
+                plugin: unit.plugin.to_owned(),
+                message: format!("export '{name}' asks for {meaning:?}, which there is not"),
+            };
+            let value = self.get(meaning).ok_or_else(missing)?;
+            let found = value.shape().tensor_type();
+            if found != *expected {
+                return Err(LinkError::Malformed {
+                    plugin: unit.plugin.to_owned(),
+                    message: format!("export '{name}' takes {meaning:?} as {expected}, which is {found}"),
+                });
+            }
+            operands.push(value);
+        }
+        let callee = Callee::external(&function.symbol, &function.arguments, &function.results);
+        let results = func.call(&callee, &operands);
+        for (meaning, value) in export.results.iter().zip(results) {
+            self.set(meaning.clone(), value);
+        }
+        Ok(())
+    }
+
+    fn require(&self, meaning: Operand, from: Unit<'_>, export: &str) -> Result<Value<'f>, LinkError> {
+        self.get(&meaning).ok_or_else(|| LinkError::Malformed {
+            plugin: from.plugin.to_owned(),
+            message: format!("export '{export}' does not give {meaning:?}"),
+        })
+    }
+}
+
+impl Parts<'_> {
+    /// The whole module's text.
+    fn link(&self) -> Result<String, AssembleError> {
+        let builder = Builder::new("host");
+        let mut failure = None;
+        builder.main(|func| {
+            self.main(func).unwrap_or_else(|error| {
+                failure = Some(error);
+                Vec::new()
+            })
+        });
+        if let Some(error) = failure {
+            return Err(error.into());
+        }
+        let main = builder.finish().map_err(|error| AssembleError::Build(error.to_string()))?;
+        let mut units = vec![Unit { plugin: "host", fragment: &main }, self.hidden, self.head];
+        units.extend(&self.attention);
+        let mut serving = Vec::new();
+        for unit in &self.attention {
+            serving.push(link::export(*unit, "attention")?.1.symbol.clone());
+        }
+        let functions = link::link(&units, &["main"], &mut |import| {
+            imports::implement(import, &|kind| serving.get(kind).cloned().unwrap_or_default())
+        })?;
+        Ok(torus_hlo::module_text("step", 1, &functions))
+    }
+
+    fn main<'f>(&self, func: &'f Func<'f>) -> Result<Vec<Value<'f>>, LinkError> {
+        let mut scope = Scope { known: Vec::new() };
+        self.declare_weights(func, &mut scope);
+        let pools = self.declare_pools(func, &mut scope);
+        let arrays = self.declare_rows(func, pools.len());
+        let packed = Packed {
+            layout: self.layout,
+            words: func.argument(Shape::new(DType::I32, [(WORDS, self.layout.len() as u64)])),
+        };
+        let page_table = arrays.page_table.scatter(
+            &[(ENTRIES, packed.get(Field::DeltaIndex, DELTAS))],
+            packed.get(Field::DeltaPage, DELTAS),
+            Scatter::set(),
+        );
+        let source = packed.get(Field::TokenSrc, TOKENS);
+        let sampled_before = arrays.last_tokens.take(SLOTS, -source - 1);
+        scope.set(Operand::Tokens, source.ge(0).select(source, sampled_before));
+        self.declare_step(&packed, page_table, &mut scope);
+        self.call_contexts(func, &mut scope)?;
+        scope.call(func, self.hidden, "hidden")?;
+        let hidden = scope.require(Operand::Hidden, self.hidden, "hidden")?.named(&[TOKENS, HIDDEN]);
+        scope.set(Operand::Hidden, hidden.take(TOKENS, packed.get(Field::LogitRows, ROWS)));
+        scope.call(func, self.head, "head")?;
+        let logits = scope.require(Operand::Logits, self.head, "head")?.named(&[ROWS, VOCAB]);
+        let slots = packed.get(Field::Slots, ROWS);
+        let sampled = sample(&SamplingInputs {
+            logits,
+            slots,
+            token_counts: arrays.token_counts,
+            bias: arrays.bias,
+            allowed: arrays.allowed,
+            rows: packed.row_parameters(),
+            flags: packed.scalar(Field::Flags),
+        });
+        let mut results = Vec::new();
+        for meaning in &pools {
+            results.push(scope.require(meaning.clone(), self.hidden, "hidden")?);
+        }
+        let ones = sampled.tokens.full_like(1);
+        results.push(arrays.last_tokens.scatter(&[(SLOTS, slots)], sampled.tokens, Scatter::set()));
+        results.push(page_table);
+        results.push(arrays.token_counts.scatter(&[(SLOTS, slots), (VOCAB, sampled.tokens)], ones, Scatter::add()));
+        results.push(sampled.result);
+        Ok(results)
+    }
+
+    fn declare_weights<'f>(&self, func: &'f Func<'f>, scope: &mut Scope<'f>) {
+        for (index, spec) in self.assembler.description.weights.iter().enumerate() {
+            for (part, tensor) in self.assembler.weight_handle(index).parts.iter().enumerate() {
+                let value = func.argument(Shape::opaque(tensor));
+                scope.set(Operand::Weight { name: spec.name.clone(), part }, value);
+            }
+        }
+    }
+
+    /// Pools are donated: result number `i` is the pool part number `i`.
+    fn declare_pools<'f>(&self, func: &'f Func<'f>, scope: &mut Scope<'f>) -> Vec<Operand> {
+        let mut meanings = Vec::new();
+        for (layer, kind) in self.assembler.description.layers.iter().enumerate() {
+            for (part, tensor) in self.answers[*kind].1.pool.iter().enumerate() {
+                let value = func.donated_argument(Shape::opaque(tensor), meanings.len());
+                scope.set(Operand::Pool { layer, part }, value);
+                meanings.push(Operand::Pool { layer, part });
+            }
+        }
+        meanings
+    }
+
+    fn declare_rows<'f>(&self, func: &'f Func<'f>, pools: usize) -> ArrayValues<'f> {
+        let rows = &self.arguments.rows;
+        let named = |tensor: &TensorType, axes: &[Axis]| {
+            let axes: Vec<_> = axes.iter().copied().zip(tensor.dims.iter().copied()).collect();
+            Shape::new(tensor.dtype, axes)
+        };
+        ArrayValues {
+            last_tokens: func.donated_argument(named(&rows.last_tokens, &[SLOTS]), pools),
+            page_table: func.donated_argument(named(&rows.page_table, &[ENTRIES]), pools + 1),
+            token_counts: func.donated_argument(named(&rows.token_counts, &[SLOTS, VOCAB]), pools + 2),
+            bias: func.argument(named(&rows.bias, &[SLOTS, VOCAB])),
+            allowed: func.argument(named(&rows.allowed, &[SLOTS, WORDS])),
+        }
+    }
+
+    fn declare_step<'f>(&self, packed: &Packed<'f, '_>, page_table: Value<'f>, scope: &mut Scope<'f>) {
+        let mut set = |input, value| scope.set(Operand::Step(input), value);
+        set(StepInput::TokenSrc, packed.get(Field::TokenSrc, TOKENS));
+        set(StepInput::Positions, packed.get(Field::Positions, TOKENS));
+        set(StepInput::TokenSeq, packed.get(Field::TokenSeq, TOKENS));
+        set(StepInput::KvSlot, packed.get(Field::KvSlot, TOKENS));
+        set(StepInput::CuQLens, packed.get(Field::CuQLens, Axis("bounds")));
+        set(StepInput::KvLens, packed.get(Field::KvLens, Axis("seqs")));
+        set(StepInput::PageBegin, packed.get(Field::PageBegin, Axis("seqs")));
+        set(StepInput::NumSeqs, packed.scalar(Field::NumSeqs));
+        set(StepInput::PageTable, page_table);
+        scope.set(Operand::Positions, packed.get(Field::Positions, TOKENS));
+    }
+
+    /// Contexts come out of each kind's fragment under the kind the plugin was told.
+    fn call_contexts<'f>(&self, func: &'f Func<'f>, scope: &mut Scope<'f>) -> Result<(), LinkError> {
+        self.attention.iter().try_for_each(|unit| scope.call(func, *unit, "context"))
+    }
+}
+
+const WORDS: Axis = Axis("words");
+const ENTRIES: Axis = Axis("entries");
+const DELTAS: Axis = Axis("deltas");
+
+struct ArrayValues<'f> {
+    last_tokens: Value<'f>,
+    page_table: Value<'f>,
+    token_counts: Value<'f>,
+    bias: Value<'f>,
+    allowed: Value<'f>,
+}
+
+/// The step buffer inside of the program.
+struct Packed<'f, 'a> {
+    layout: &'a StepLayout,
+    words: Value<'f>,
+}
+
+impl<'f> Packed<'f, '_> {
+    fn get(&self, field: Field, axis: Axis) -> Value<'f> {
+        let range = self.layout.range(field);
+        self.words.slice(WORDS, range.start as u64..range.end as u64).rename(WORDS, axis)
+    }
+
+    fn scalar(&self, field: Field) -> Value<'f> {
+        self.get(field, WORDS).squeeze(WORDS)
+    }
+
+    fn row_parameters(&self) -> RowParameters<'f> {
+        let float = |field| self.get(field, ROWS).bitcast(DType::F32);
+        let unsigned = |field| self.get(field, ROWS).bitcast(DType::U32);
+        RowParameters {
+            temperature: float(Field::Temperature),
+            top_k: self.get(Field::TopK, ROWS),
+            top_p: float(Field::TopP),
+            min_p: float(Field::MinP),
+            repetition_penalty: float(Field::RepetitionPenalty),
+            frequency_penalty: float(Field::FrequencyPenalty),
+            presence_penalty: float(Field::PresencePenalty),
+            seed_low: unsigned(Field::SeedLow),
+            seed_high: unsigned(Field::SeedHigh),
+            position: unsigned(Field::SamplePosition),
+            target: self.get(Field::Target, ROWS),
+        }
+    }
+}

@@ -1,0 +1,12 @@
+//! Step programs: what they take, how they are put together.
+
+mod assemble;
+mod imports;
+mod layout;
+mod rows;
+
+pub use assemble::AssembleError;
+pub(crate) use assemble::{Arguments, Assembler, Program};
+pub(crate) use imports::Storage;
+pub(crate) use rows::{LOAD_ENTRIES, initial_state, load_pages, load_row};
+pub(crate) use layout::{Field, Rows, StepBuffer, StepLayout, flag, result};

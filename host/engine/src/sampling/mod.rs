@@ -1,0 +1,20 @@
+//! Sampling as a part of the step program: from logits to tokens and logprobs, on the device.
+//!
+//! The steps, for each row: penalties, bias, allowed tokens; for greedy rows the largest logit; else temperature, then
+//! top-k, top-p over what is left, min-p, and one draw by the Gumbel-max method with numbers from [`random`]. What no
+//! row of the batch needs is skipped by conditionals on flags of the step buffer.
+//!
+//! top-k and top-p find their threshold by bisection over the bits of the logits instead of sorting the vocabulary:
+//! 32 passes over the row, exact, ties included.
+
+mod graph;
+mod random;
+#[cfg(test)]
+mod tests;
+mod threshold;
+
+pub(crate) use graph::{RowParameters, Sampled, SamplingInputs, sample};
+
+/// The count word of a token in a slot's row of `token_counts`: occurrences in the output below this bit, and this
+/// bit if the token is in the prompt.
+pub(crate) const IN_PROMPT: i32 = 1 << 24;

@@ -1,0 +1,68 @@
+//! Runs small programs on the CPU plugin, for tests of graphs.
+
+use std::{path::PathBuf, sync::OnceLock};
+
+use torus_pjrt::{Client, CompileOptions, ElementType, OptionValue, Plugin};
+
+/// A host array.
+#[derive(Clone, Debug)]
+pub(crate) struct Array {
+    element: ElementType,
+    dims: Vec<i64>,
+    bytes: Vec<u8>,
+}
+
+impl Array {
+    fn new(element: ElementType, words: impl Iterator<Item = [u8; 4]>, dims: &[usize]) -> Self {
+        Self { element, dims: dims.iter().map(|dim| *dim as i64).collect(), bytes: words.flatten().collect() }
+    }
+
+    pub fn f32(values: &[f32], dims: &[usize]) -> Self {
+        Self::new(ElementType::F32, values.iter().map(|value| value.to_le_bytes()), dims)
+    }
+
+    pub fn i32(values: &[i32], dims: &[usize]) -> Self {
+        Self::new(ElementType::S32, values.iter().map(|value| value.to_le_bytes()), dims)
+    }
+
+    pub fn u32(values: &[u32], dims: &[usize]) -> Self {
+        Self::new(ElementType::U32, values.iter().map(|value| value.to_le_bytes()), dims)
+    }
+
+    pub fn to_i32(&self) -> Vec<i32> {
+        self.bytes.chunks_exact(4).map(|word| i32::from_le_bytes(word.try_into().unwrap())).collect()
+    }
+}
+
+/// The CPU plugin that the setup script fetches.
+pub(crate) fn pjrt_plugin() -> PathBuf {
+    let home = || PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cache");
+    let base = || std::env::var_os("XDG_CACHE_HOME").map_or_else(home, PathBuf::from).join("torus");
+    let cache = std::env::var_os("TORUS_CACHE").map_or_else(base, PathBuf::from);
+    let path = cache.join("pjrt/lammps-jax-pjrt-cpu-0.11.2/pjrt_c_api_cpu_plugin.so");
+    assert!(path.exists(), "{} is missing: run .make/setup.sh test", path.display());
+    path
+}
+
+fn client() -> &'static Client {
+    static CLIENT: OnceLock<Client> = OnceLock::new();
+    CLIENT.get_or_init(|| {
+        let plugin = Plugin::load(&pjrt_plugin()).unwrap();
+        Client::new(&plugin, &vec![("cpu_device_count".to_owned(), OptionValue::Int(1))]).unwrap()
+    })
+}
+
+/// Compiles and runs a module once.
+pub(crate) fn run(module: &str, arguments: &[Array]) -> Vec<Array> {
+    let device = &client().devices().unwrap()[0];
+    let upload = |array: &Array| client().buffer_from_host(&array.bytes, array.element, &array.dims, device).unwrap();
+    let buffers: Vec<_> = arguments.iter().map(upload).collect();
+    let executable = client().compile(module, &CompileOptions::default()).unwrap_or_else(|e| panic!("{e}\n{module}"));
+    let execution = executable.execute(&buffers.iter().collect::<Vec<_>>()).unwrap();
+    let download = |buffer: &torus_pjrt::Buffer| Array {
+        element: buffer.element_type().unwrap(),
+        dims: buffer.dims().unwrap(),
+        bytes: buffer.to_host_vec().unwrap(),
+    };
+    execution.outputs.iter().map(download).collect()
+}

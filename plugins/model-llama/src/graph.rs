@@ -1,0 +1,215 @@
+//! The forward pass.
+
+use torus_abi::{
+    DType,
+    fault::Fault,
+    fragment::{Fragment, LinearRole, Operand, WeightHandle},
+    model::{EmitModel, ModelPart, StateHandle},
+    step::StepShape,
+};
+use torus_hlo::{
+    AttentionBlock, Builder, Func, GatedMlp, Heads, Linear, Shape, Value, Weight,
+    axes::{HEAD_DIM, HIDDEN, INTERMEDIATE, Q_HEADS, QKV, ROWS, TOKENS, VOCAB},
+};
+
+use crate::{config::Config, weights};
+
+pub fn emit(config: &Config, request: &EmitModel) -> Result<Fragment, Fault> {
+    if !matches!(request.dtype, DType::F32 | DType::Bf16) {
+        return Err(Fault::unsupported(format!("activations of {} are not implemented", request.dtype)));
+    }
+    let graph = Graph { config, request, shapes: weights::weights(config) };
+    graph.check_handles()?;
+    match &request.part {
+        ModelPart::Hidden { shape, capture } => graph.hidden(shape, capture),
+        ModelPart::Head { rows } => graph.head(*rows),
+    }
+}
+
+struct Graph<'a> {
+    config: &'a Config,
+    request: &'a EmitModel,
+    shapes: Vec<torus_abi::model::WeightSpec>,
+}
+
+/// The weights of one layer.
+struct Layer<'f> {
+    attention_norm: Weight<'f>,
+    qkv: Weight<'f>,
+    qkv_bias: Option<Weight<'f>>,
+    o: Weight<'f>,
+    o_bias: Option<Weight<'f>>,
+    mlp_norm: Weight<'f>,
+    gate_up: Weight<'f>,
+    gate_up_bias: Option<Weight<'f>>,
+    down: Weight<'f>,
+    down_bias: Option<Weight<'f>>,
+}
+
+impl Graph<'_> {
+    fn check_handles(&self) -> Result<(), Fault> {
+        let missing = self.shapes.iter().find(|spec| !self.request.weights.contains_key(&spec.name));
+        if let Some(spec) = missing {
+            return Err(Fault::invalid(format!("the request has no handle for the weight '{}'", spec.name)));
+        }
+        if self.request.state.len() != 1 {
+            let message = format!("the model has 1 kind of layers, the request {}", self.request.state.len());
+            return Err(Fault::invalid(message));
+        }
+        Ok(())
+    }
+
+    fn handle(&self, name: &str) -> (&WeightHandle, &[u64]) {
+        // `check_handles` has seen every name that `weights` lists.
+        let shape = self.shapes.iter().find(|spec| spec.name == name).map_or(&[][..], |spec| &spec.shape);
+        (&self.request.weights[name], shape)
+    }
+
+    fn weight<'f>(&self, f: &'f Func<'f>, name: &str) -> Weight<'f> {
+        let (handle, shape) = self.handle(name);
+        f.weight(name, handle, shape)
+    }
+
+    fn layer<'f>(&self, f: &'f Func<'f>, index: usize) -> Layer<'f> {
+        let weight = |name: &str| self.weight(f, &format!("layers.{index}.{name}"));
+        let bias = |has: bool, name: &str| has.then(|| weight(name));
+        let (attention_bias, mlp_bias) = (self.config.attention_bias, self.config.mlp_bias);
+        Layer {
+            attention_norm: weight("attention_norm"),
+            qkv: weight("qkv"),
+            qkv_bias: bias(attention_bias, "qkv_bias"),
+            o: weight("o"),
+            o_bias: bias(attention_bias, "o_bias"),
+            mlp_norm: weight("mlp_norm"),
+            gate_up: weight("gate_up"),
+            gate_up_bias: bias(mlp_bias, "gate_up_bias"),
+            down: weight("down"),
+            down_bias: bias(mlp_bias, "down_bias"),
+        }
+    }
+
+    fn hidden(&self, shape: &StepShape, capture: &[usize]) -> Result<Fragment, Fault> {
+        // The parts of one program are linked together, so their symbols must differ.
+        let builder = Builder::new("llama_hidden");
+        builder.export("hidden", |f| {
+            let tokens = f.input(Operand::Tokens, Shape::new(DType::I32, [(TOKENS, shape.tokens)]));
+            let positions = f.input(Operand::Positions, Shape::new(DType::I32, [(TOKENS, shape.tokens)]));
+            let state = &self.request.state[0];
+            let context = f.context(0, state);
+            let mut x = f.embed(tokens, &self.weight(f, "embed"), HIDDEN, self.request.dtype);
+            let (cos, sin) = f.rotary_tables(positions, &self.config.rope);
+            let mut results = Vec::new();
+            for index in 0..self.config.layers {
+                let (next, pool) = self.apply_layer(f, index, x, state, &context, [cos, sin]);
+                x = next;
+                let part = |(part, value)| (Operand::Pool { layer: index, part }, value);
+                results.extend(pool.into_iter().enumerate().map(part));
+                if capture.contains(&index) {
+                    results.push((Operand::Captured { layer: index }, x));
+                }
+            }
+            let norm = f.vector(&self.weight(f, "norm"), HIDDEN);
+            results.push((Operand::Hidden, x.rms_norm(HIDDEN, norm, self.config.norm_eps)));
+            results
+        });
+        Ok(builder.finish()?)
+    }
+
+    /// Calls the function of the layer's types: layers of equal types share one.
+    fn apply_layer<'f>(
+        &self,
+        f: &'f Func<'f>,
+        index: usize,
+        x: Value<'f>,
+        state: &StateHandle,
+        context: &Vec<Value<'f>>,
+        rotary: [Value<'f>; 2],
+    ) -> (Value<'f>, Vec<Value<'f>>) {
+        let (layer, pool) = (self.layer(f, index), f.pool(index, state));
+        let mut results = f.outline("layer", |g| {
+            let x = g.pass(&x);
+            let [cos, sin] = rotary.map(|table| g.pass(&table));
+            let block = AttentionBlock {
+                norm: g.pass(&layer.attention_norm),
+                qkv: g.pass(&layer.qkv),
+                qkv_bias: g.pass(&layer.qkv_bias),
+                o: g.pass(&layer.o),
+                cos,
+                sin,
+                pool: g.pass(&pool),
+                context: g.pass(context),
+                kind: 0,
+                heads: self.heads(),
+                norm_eps: self.config.norm_eps,
+            };
+            let (x, pool) = match g.pass(&layer.o_bias) {
+                None => g.attention_block(x, &block),
+                Some(bias) => biased_attention(g, x, &block, &bias),
+            };
+            let mlp = GatedMlp {
+                norm: g.pass(&layer.mlp_norm),
+                gate_up: g.pass(&layer.gate_up),
+                down: g.pass(&layer.down),
+                activation: self.config.activation,
+                norm_eps: self.config.norm_eps,
+            };
+            let x = match (g.pass(&layer.gate_up_bias), g.pass(&layer.down_bias)) {
+                (Some(gate_up), Some(down)) => biased_mlp(g, x, &mlp, &gate_up, &down),
+                _ => x.gated_mlp(&mlp),
+            };
+            [vec![x], pool].concat()
+        });
+        let pool = results.split_off(1);
+        (results[0], pool)
+    }
+
+    fn heads(&self) -> Heads {
+        let Config { q_heads, kv_heads, head_dim, .. } = *self.config;
+        Heads { q_heads, kv_heads, head_dim }
+    }
+
+    fn head(&self, rows: u64) -> Result<Fragment, Fault> {
+        let builder = Builder::new("llama_head");
+        builder.export("head", |f| {
+            let shape = Shape::new(self.request.dtype, [(ROWS, rows), (HIDDEN, self.config.hidden)]);
+            let x = f.input(Operand::Hidden, shape);
+            let weight = self.weight(f, if self.config.tied { "embed" } else { "head" });
+            let logits = x.linear(&weight, Linear::new(LinearRole::Head, HIDDEN, VOCAB).result(DType::F32));
+            vec![(Operand::Logits, logits)]
+        });
+        Ok(builder.finish()?)
+    }
+}
+
+/// The attention block with a bias on its output, which the import does not have.
+fn biased_attention<'g>(
+    g: &'g Func<'g>,
+    x: Value<'g>,
+    block: &AttentionBlock<'g>,
+    o_bias: &Weight<'g>,
+) -> (Value<'g>, Vec<Value<'g>>) {
+    let normed = x.rms_norm(HIDDEN, g.vector(&block.norm, HIDDEN), block.norm_eps);
+    let joint = normed.linear(&block.qkv, Linear::column(HIDDEN, QKV).bias(block.qkv_bias.as_ref()));
+    let [q, k, v] = block.heads.split(joint);
+    let qkv = [q.rotary(block.cos, block.sin), k.rotary(block.cos, block.sin), v];
+    let (attended, pool) = g.attention(block.kind, qkv, &block.pool, &block.context);
+    let joined = attended.merge(&[Q_HEADS, HEAD_DIM], QKV);
+    (joined.linear(&block.o, Linear::row(QKV, HIDDEN).bias(o_bias).residual(x)), pool)
+}
+
+/// The gated MLP with biases, which the import does not have.
+fn biased_mlp<'g>(
+    g: &'g Func<'g>,
+    x: Value<'g>,
+    mlp: &GatedMlp<'g>,
+    gate_up_bias: &Weight<'g>,
+    down_bias: &Weight<'g>,
+) -> Value<'g> {
+    let normed = x.rms_norm(HIDDEN, g.vector(&mlp.norm, HIDDEN), mlp.norm_eps);
+    let both = normed.linear(&mlp.gate_up, Linear::column(HIDDEN, INTERMEDIATE).bias(gate_up_bias));
+    let width = both.size(INTERMEDIATE) / 2;
+    let gate = both.slice(INTERMEDIATE, 0..width).convert(DType::F32);
+    let up = both.slice(INTERMEDIATE, width..2 * width).convert(DType::F32);
+    let inner = (gate.activation(mlp.activation) * up).convert(x.dtype());
+    inner.linear(&mlp.down, Linear::row(INTERMEDIATE, HIDDEN).bias(down_bias).residual(x))
+}
