@@ -59,7 +59,10 @@ enum Visibility {
 impl Builder {
     /// `prefix` goes into every symbol, so that fragments can be concatenated: the plugin's name.
     pub fn new(prefix: &str) -> Self {
-        Self { prefix: prefix.replace(|c: char| !c.is_ascii_alphanumeric() && c != '_', "_"), state: RefCell::default() }
+        Self {
+            prefix: prefix.replace(|c: char| !c.is_ascii_alphanumeric() && c != '_', "_"),
+            state: RefCell::default(),
+        }
     }
 
     /// Adds the private function `{prefix}.{name}`. What the closure returns are its results.
@@ -151,12 +154,7 @@ impl Builder {
     }
 
     /// Adds a helper under a symbol made from `name`, or finds the one with the same name and text.
-    pub(crate) fn insert_shared(
-        &self,
-        name: &str,
-        finished: Finished,
-        location: &'static Location<'static>,
-    ) -> Callee {
+    pub(crate) fn insert_shared(&self, name: &str, finished: Finished, location: &'static Location<'static>) -> Callee {
         let key = (name.to_owned(), finished.tail.clone());
         let known = self.state.borrow().outlined.get(&key).cloned();
         if let Some(symbol) = known {

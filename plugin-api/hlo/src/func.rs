@@ -2,13 +2,10 @@
 
 use std::{cell::RefCell, collections::BTreeSet, panic::Location};
 
-use torus_abi::{
-    fragment::{Operand, WeightHandle, WeightOperand},
-    model::StateHandle,
-};
+use torus_abi::{TensorType, fragment::Operand};
 
 use crate::{
-    BuildError, Builder, Callee, Shape, Value, Weight, infer,
+    BuildError, Builder, Callee, Shape, Value, infer,
     ir::{Attribute, Attributes, Op, Region, Ssa},
     print::{self, Parameter},
     value::ValueId,
@@ -34,6 +31,8 @@ struct Body {
     parameters: Vec<Parameter>,
     /// For each parameter of an exported function: what it means.
     inputs: Vec<Operand>,
+    /// The types of donated arguments and the results that take their buffers.
+    donations: Vec<(TensorType, usize)>,
     /// For each parameter of an outlined function: the caller's value.
     passed: Vec<ValueId>,
     calls: BTreeSet<String>,
@@ -108,6 +107,7 @@ impl<'f> Func<'f> {
             blocks: 1,
             parameters: Vec::new(),
             inputs: Vec::new(),
+            donations: Vec::new(),
             passed: Vec::new(),
             calls: BTreeSet::new(),
         };
@@ -123,7 +123,9 @@ impl<'f> Func<'f> {
     /// Declares the next argument; its buffer is reused for result number `result`.
     #[track_caller]
     pub fn donated_argument(&'f self, shape: Shape, result: usize) -> Value<'f> {
-        self.argument_with(shape, vec![("tf.aliasing_output".to_owned(), Attribute::I32(result as i32))])
+        let attributes = vec![("tf.aliasing_output".to_owned(), Attribute::I32(result as i32))];
+        self.body.borrow_mut().donations.push((shape.tensor_type(), result));
+        self.argument_with(shape, attributes)
     }
 
     /// Declares the next argument, with attributes in the signature.
@@ -136,39 +138,6 @@ impl<'f> Func<'f> {
         let (id, ssa) = body.define(shape, 0);
         body.parameters.push(Parameter { ssa, attributes });
         Value::new(self, id)
-    }
-
-    /// Declares the next argument of an export and what it means.
-    #[track_caller]
-    pub fn input(&'f self, meaning: Operand, shape: Shape) -> Value<'f> {
-        self.body.borrow_mut().inputs.push(meaning);
-        self.argument(shape)
-    }
-
-    /// Declares all parts of the weight `name` as arguments of an export. `shape` is its logical shape.
-    #[track_caller]
-    pub fn weight(&'f self, name: &str, handle: &WeightHandle, shape: &[u64]) -> Weight<'f> {
-        let part = |(part, tensor)| {
-            let meaning = Operand::Weight { name: name.to_owned(), part };
-            self.input(meaning, Shape::opaque(tensor))
-        };
-        let parts: Vec<_> = handle.parts.iter().enumerate().map(part).collect();
-        let operand = WeightOperand { shape: shape.to_vec(), storage: handle.storage.clone(), parts: parts.len() };
-        Weight { parts, operand }
-    }
-
-    /// Declares the pool of a layer as arguments of an export.
-    #[track_caller]
-    pub fn pool(&'f self, layer: usize, state: &StateHandle) -> Vec<Value<'f>> {
-        let part = |(part, tensor)| self.input(Operand::Pool { layer, part }, Shape::opaque(tensor));
-        state.pool.iter().enumerate().map(part).collect()
-    }
-
-    /// Declares the context of a kind of layers as arguments of an export.
-    #[track_caller]
-    pub fn context(&'f self, kind: usize, state: &StateHandle) -> Vec<Value<'f>> {
-        let part = |(part, tensor)| self.input(Operand::Context { kind, part }, Shape::opaque(tensor));
-        state.context.iter().enumerate().map(part).collect()
     }
 
     /// Declares an argument that stands for a value of the calling function.
@@ -191,7 +160,11 @@ impl<'f> Func<'f> {
     /// Makes the results known and prints the function.
     pub(crate) fn finish(&self, results: &[Value<'_>], location: &'static Location<'static>) -> Finished {
         let usable = results.iter().all(|value| value.id().is_some())
-            && self.usable(results).map_err(|reason| self.record(location, "return", Vec::new(), reason)).is_ok();
+            && self
+                .usable(results)
+                .and_then(|()| self.donations_fit(results))
+                .map_err(|reason| self.record(location, "return", Vec::new(), reason))
+                .is_ok();
         let body = self.body.borrow();
         let ids = results.iter().filter(|_| usable).filter_map(Value::id);
         let entries: Vec<_> = ids.map(|id| &body.values[id.index()]).collect();
@@ -202,6 +175,21 @@ impl<'f> Func<'f> {
             tail: print::function_tail(&body.parameters, &result_ssa, &body.open[0].region, &body.types),
             calls: body.calls.clone(),
         }
+    }
+
+    fn donations_fit(&self, results: &[Value<'_>]) -> Result<(), String> {
+        let body = self.body.borrow();
+        let fits = |(tensor, result): &&(TensorType, usize)| {
+            results.get(*result).is_some_and(|value| value.shape().tensor_type() == *tensor)
+        };
+        match body.donations.iter().find(|donation| !fits(donation)) {
+            Some((tensor, result)) => Err(format!("result {result} cannot take the donated buffer of {tensor}")),
+            None => Ok(()),
+        }
+    }
+
+    pub(crate) fn note_input(&self, meaning: Operand) {
+        self.body.borrow_mut().inputs.push(meaning);
     }
 
     pub(crate) fn take_inputs(&self, location: &'static Location<'static>) -> Vec<Operand> {

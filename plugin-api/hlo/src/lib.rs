@@ -31,6 +31,7 @@
 
 mod builder;
 mod error;
+mod export;
 mod func;
 mod import;
 mod infer;

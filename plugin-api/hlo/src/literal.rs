@@ -207,7 +207,9 @@ mod tests {
         assert_eq!(text(DType::I64, i64::MIN), "dense<-9223372036854775808> : tensor<i64>");
         let refused = |dtype, value: Scalar| value.check(dtype).is_err();
         assert!(refused(DType::U8, 256.into()) && refused(DType::U32, (-1).into()) && refused(DType::I8, 128.into()));
-        assert!(refused(DType::I32, 0.5.into()) && refused(DType::F32, 1e39.into()) && refused(DType::F16, 65520.into()));
+        assert!(
+            refused(DType::I32, 0.5.into()) && refused(DType::F32, 1e39.into()) && refused(DType::F16, 65520.into())
+        );
         assert!(refused(DType::Bool, 1.into()) && refused(DType::F32, true.into()));
         assert!(!refused(DType::F32, f32::MAX.into()) && !refused(DType::F16, 65519.0.into()));
         assert!(!refused(DType::Bf16, 3.3895e38.into()) && refused(DType::Bf16, 3.4e38.into()));

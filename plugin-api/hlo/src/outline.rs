@@ -28,11 +28,7 @@ impl<'f> Func<'f> {
     /// # assert_eq!(builder.finish().unwrap().functions.len(), 2);
     /// ```
     #[track_caller]
-    pub fn outline(
-        &'f self,
-        name: &str,
-        body: impl for<'g> FnOnce(&'g Func<'g>) -> Vec<Value<'g>>,
-    ) -> Vec<Value<'f>> {
+    pub fn outline(&'f self, name: &str, body: impl for<'g> FnOnce(&'g Func<'g>) -> Vec<Value<'g>>) -> Vec<Value<'f>> {
         let location = Location::caller();
         let inner = Func::new(self.builder, name, Some(self.address()));
         let results = body(&inner);

@@ -14,9 +14,13 @@ pub mod axes {
 
     pub const TOKENS: Axis = Axis("tokens");
     pub const SEQS: Axis = Axis("seqs");
+    /// One more than `seqs`: where each sequence begins, and the end.
+    pub const SEQ_BOUNDS: Axis = Axis("seq_bounds");
     pub const ROWS: Axis = Axis("rows");
     pub const PAGES: Axis = Axis("pages");
     pub const PAGE: Axis = Axis("page");
+    /// Entries of the flat page table.
+    pub const PAGE_TABLE: Axis = Axis("page_table");
     pub const SLOTS: Axis = Axis("slots");
     pub const Q_HEADS: Axis = Axis("q_heads");
     pub const KV_HEADS: Axis = Axis("kv_heads");

@@ -91,7 +91,8 @@ impl<'f> Value<'f> {
     #[track_caller]
     pub fn size(&self, axis: Axis) -> u64 {
         let shape = self.shape();
-        let size = self.func.check(&OpSpec::new("size"), &[*self], || infer::index(&shape, axis).map(|at| shape.axes[at].1));
+        let size =
+            self.func.check(&OpSpec::new("size"), &[*self], || infer::index(&shape, axis).map(|at| shape.axes[at].1));
         size.unwrap_or(1)
     }
 }

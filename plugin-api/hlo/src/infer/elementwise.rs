@@ -109,9 +109,8 @@ mod tests {
     #[test]
     fn the_longer_operand_leads_and_missing_axes_follow() {
         let (t, h, d) = ((TOKENS, 2), (Q_HEADS, 3), (HEAD_DIM, 4));
-        let order = |list: &[&[(Axis, u64)]]| {
-            broadcast(&list.iter().map(|axes| shape(axes)).collect::<Vec<_>>()).unwrap()
-        };
+        let order =
+            |list: &[&[(Axis, u64)]]| broadcast(&list.iter().map(|axes| shape(axes)).collect::<Vec<_>>()).unwrap();
         assert_eq!(order(&[&[d], &[t, h, d]]), [t, h, d]);
         assert_eq!(order(&[&[t], &[d]]), [t, d]);
         assert_eq!(order(&[&[t, d], &[d, h]]), [t, d, h]);

@@ -24,7 +24,11 @@ impl Group {
     fn check(&self) -> infer::Inferred<()> {
         let even = self.devices.iter().all(|group| group.len() as u64 == self.size());
         let filled = self.size() > 0 && !self.devices.is_empty();
-        if even && filled { Ok(()) } else { Err("groups must have the same number of devices, at least one".to_owned()) }
+        if even && filled {
+            Ok(())
+        } else {
+            Err("groups must have the same number of devices, at least one".to_owned())
+        }
     }
 
     fn apply(&self, spec: OpSpec) -> OpSpec {

@@ -111,7 +111,8 @@ impl<'f> Value<'f> {
         let Some((indices, plan)) = self.plan(&spec, places) else { return self.func.poison() };
         let shape = updates.shape();
         let fits = self.func.check(&spec, &[self, updates], || {
-            let same_axes = shape.rank() == plan.picked.rank() && plan.picked.axes.iter().all(|a| shape.axes.contains(a));
+            let same_axes =
+                shape.rank() == plan.picked.rank() && plan.picked.axes.iter().all(|a| shape.axes.contains(a));
             if same_axes && shape.dtype == plan.picked.dtype {
                 return Ok(());
             }

@@ -25,11 +25,7 @@ impl<'f> Value<'f> {
     }
 
     #[track_caller]
-    fn relabel(
-        self,
-        operation: &'static str,
-        change: impl FnOnce(&Shape) -> infer::Inferred<Shape>,
-    ) -> Self {
+    fn relabel(self, operation: &'static str, change: impl FnOnce(&Shape) -> infer::Inferred<Shape>) -> Self {
         let Some(id) = self.id() else { return self };
         let shape = self.shape();
         let changed = self.func.check(&OpSpec::new(operation), &[self], || {

@@ -5,10 +5,7 @@ use torus_abi::DType;
 use crate::{
     Axis, Func, IntoAxes, Scalar, Shape, Value,
     func::OpSpec,
-    infer::{
-        elementwise::Class,
-        reduce as infer,
-    },
+    infer::{elementwise::Class, reduce as infer},
 };
 
 impl<'f> Value<'f> {

@@ -144,6 +144,12 @@ fn symbols_are_unique_and_exports_know_their_arguments() {
 }
 
 #[test]
+fn donated_buffers_fit_their_results() {
+    let error = mistake(|f| vec![f.donated_argument(Shape::new(DType::F32, [(TOKENS, 2)]), 0).sum(TOKENS)]);
+    assert_eq!(error.reason, "result 0 cannot take the donated buffer of f32[2]");
+}
+
+#[test]
 fn scatter_and_slices_check_their_updates() {
     let error = mistake(|f| {
         let rows = f.argument(Shape::new(DType::I32, [(Axis("n"), 3)]));

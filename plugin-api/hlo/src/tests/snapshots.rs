@@ -22,7 +22,8 @@ fn f32(axes: &[(crate::Axis, u64)]) -> Shape {
 
 #[test]
 fn elementwise_operations_broadcast_by_name() {
-    check(expect![[r#"
+    check(
+        expect![[r#"
         func.func private @t.f(%0: tensor<2x4xf32>, %1: tensor<4xf32>, %2: tensor<4x2xf32>) -> (tensor<2x4xf32>, tensor<4xf32>) {
           %3 = "stablehlo.broadcast_in_dim"(%1) {broadcast_dimensions = array<i64: 1>} : (tensor<4xf32>) -> (tensor<2x4xf32>)
           %4 = "stablehlo.multiply"(%0, %3) : (tensor<2x4xf32>, tensor<2x4xf32>) -> (tensor<2x4xf32>)
@@ -34,17 +35,20 @@ fn elementwise_operations_broadcast_by_name() {
           %10 = "stablehlo.divide"(%9, %1) : (tensor<4xf32>, tensor<4xf32>) -> (tensor<4xf32>)
           "func.return"(%8, %10) : (tensor<2x4xf32>, tensor<4xf32>) -> ()
         }
-    "#]], |f| {
-        let x = f.argument(f32(&[(TOKENS, 2), (HEAD_DIM, 4)]));
-        let scale = f.argument(f32(&[(HEAD_DIM, 4)]));
-        let other = f.argument(f32(&[(HEAD_DIM, 4), (TOKENS, 2)]));
-        vec![(x * scale + 0.5).max(other), 1.0 / scale]
-    });
+    "#]],
+        |f| {
+            let x = f.argument(f32(&[(TOKENS, 2), (HEAD_DIM, 4)]));
+            let scale = f.argument(f32(&[(HEAD_DIM, 4)]));
+            let other = f.argument(f32(&[(HEAD_DIM, 4), (TOKENS, 2)]));
+            vec![(x * scale + 0.5).max(other), 1.0 / scale]
+        },
+    );
 }
 
 #[test]
 fn comparison_and_selection() {
-    check(expect![[r#"
+    check(
+        expect![[r#"
         func.func private @t.f(%0: tensor<3xbf16>) -> (tensor<3xf32>) {
           %1 = "stablehlo.constant"() {value = dense<0.0> : tensor<3xbf16>} : () -> (tensor<3xbf16>)
           %2 = "stablehlo.compare"(%0, %1) {comparison_direction = #stablehlo<comparison_direction GT>} : (tensor<3xbf16>, tensor<3xbf16>) -> (tensor<3xi1>)
@@ -56,45 +60,54 @@ fn comparison_and_selection() {
           %8 = "stablehlo.convert"(%7) : (tensor<3xbf16>) -> (tensor<3xf32>)
           "func.return"(%8) : (tensor<3xf32>) -> ()
         }
-    "#]], |f| {
-        let x = f.argument(Shape::new(DType::Bf16, [(TOKENS, 3)]));
-        let keep = x.gt(0.0) & !x.ne(x);
-        vec![keep.select(x, f64::NEG_INFINITY).convert(DType::F32)]
-    });
+    "#]],
+        |f| {
+            let x = f.argument(Shape::new(DType::Bf16, [(TOKENS, 3)]));
+            let keep = x.gt(0.0) & !x.ne(x);
+            vec![keep.select(x, f64::NEG_INFINITY).convert(DType::F32)]
+        },
+    );
 }
 
 #[test]
 fn products_name_their_axes() {
-    check(expect![[r#"
+    check(
+        expect![[r#"
         func.func private @t.f(%0: tensor<2x3x4xbf16>, %1: tensor<5x3x4xbf16>) -> (tensor<3x2x5xf32>) {
           %2 = "stablehlo.dot_general"(%0, %1) {dot_dimension_numbers = #stablehlo.dot<lhs_batching_dimensions = [1], rhs_batching_dimensions = [1], lhs_contracting_dimensions = [2], rhs_contracting_dimensions = [2]>, precision_config = [#stablehlo<precision HIGHEST>, #stablehlo<precision HIGHEST>]} : (tensor<2x3x4xbf16>, tensor<5x3x4xbf16>) -> (tensor<3x2x5xf32>)
           "func.return"(%2) : (tensor<3x2x5xf32>) -> ()
         }
-    "#]], |f| {
-        let q = f.argument(Shape::new(DType::Bf16, [(TOKENS, 2), (KV_HEADS, 3), (HEAD_DIM, 4)]));
-        let k = f.argument(Shape::new(DType::Bf16, [(SLOTS, 5), (KV_HEADS, 3), (HEAD_DIM, 4)]));
-        vec![q.dot(k, Dot::over(HEAD_DIM).batch(KV_HEADS).result(DType::F32).precision(crate::Precision::Highest))]
-    });
+    "#]],
+        |f| {
+            let q = f.argument(Shape::new(DType::Bf16, [(TOKENS, 2), (KV_HEADS, 3), (HEAD_DIM, 4)]));
+            let k = f.argument(Shape::new(DType::Bf16, [(SLOTS, 5), (KV_HEADS, 3), (HEAD_DIM, 4)]));
+            vec![q.dot(k, Dot::over(HEAD_DIM).batch(KV_HEADS).result(DType::F32).precision(crate::Precision::Highest))]
+        },
+    );
 }
 
 #[test]
 fn renaming_emits_nothing() {
-    check(expect![[r#"
+    check(
+        expect![[r#"
         func.func private @t.f(%0: tensor<2x6xf32>) -> (tensor<3x2x2xf32>) {
           %1 = "stablehlo.reshape"(%0) : (tensor<2x6xf32>) -> (tensor<2x3x2xf32>)
           %2 = "stablehlo.transpose"(%1) {permutation = array<i64: 1, 0, 2>} : (tensor<2x3x2xf32>) -> (tensor<3x2x2xf32>)
           "func.return"(%2) : (tensor<3x2x2xf32>) -> ()
         }
-    "#]], |f| {
-        let x = f.argument(f32(&[(TOKENS, 2), (HIDDEN, 6)]));
-        let heads = x.rename(HIDDEN, QKV).split(QKV, &[(Q_HEADS, 3), (HEAD_DIM, 2)]);
-        vec![heads.transpose(&[Q_HEADS, TOKENS, HEAD_DIM])]
-    });
+    "#]],
+        |f| {
+            let x = f.argument(f32(&[(TOKENS, 2), (HIDDEN, 6)]));
+            let heads = x.rename(HIDDEN, QKV).split(QKV, &[(Q_HEADS, 3), (HEAD_DIM, 2)]);
+            vec![heads.transpose(&[Q_HEADS, TOKENS, HEAD_DIM])]
+        },
+    );
 }
 
 #[test]
 fn rows_are_read_and_written() {
-    check(expect![[r#"
+    check(
+        expect![[r#"
         func.func private @t.f(%0: tensor<8x4xf32>, %1: tensor<3xi32>) -> (tensor<8x4xf32>) {
           %2 = "stablehlo.reshape"(%1) : (tensor<3xi32>) -> (tensor<3x1xi32>)
           %3 = "stablehlo.gather"(%0, %2) {dimension_numbers = #stablehlo.gather<offset_dims = [1], collapsed_slice_dims = [0], start_index_map = [0], index_vector_dim = 1>, indices_are_sorted = false, slice_sizes = array<i64: 1, 4>} : (tensor<8x4xf32>, tensor<3x1xi32>) -> (tensor<3x4xf32>)
@@ -105,17 +118,20 @@ fn rows_are_read_and_written() {
           }) {indices_are_sorted = false, scatter_dimension_numbers = #stablehlo.scatter<update_window_dims = [1], inserted_window_dims = [0], scatter_dims_to_operand_dims = [0], index_vector_dim = 1>, unique_indices = true} : (tensor<8x4xf32>, tensor<3x1xi32>, tensor<3x4xf32>) -> (tensor<8x4xf32>)
           "func.return"(%7) : (tensor<8x4xf32>) -> ()
         }
-    "#]], |f| {
-        let table = f.argument(f32(&[(SLOTS, 8), (HEAD_DIM, 4)]));
-        let rows = f.argument(Shape::new(DType::I32, [(TOKENS, 3)]));
-        let updates = table.take(SLOTS, rows);
-        vec![table.scatter(&[(SLOTS, rows)], updates, Scatter::set().unique())]
-    });
+    "#]],
+        |f| {
+            let table = f.argument(f32(&[(SLOTS, 8), (HEAD_DIM, 4)]));
+            let rows = f.argument(Shape::new(DType::I32, [(TOKENS, 3)]));
+            let updates = table.take(SLOTS, rows);
+            vec![table.scatter(&[(SLOTS, rows)], updates, Scatter::set().unique())]
+        },
+    );
 }
 
 #[test]
 fn regions_nest() {
-    check(expect![[r#"
+    check(
+        expect![[r#"
         func.func private @t.f(%0: tensor<i32>) -> (tensor<i32>) {
           %1 = "stablehlo.constant"() {value = dense<0> : tensor<i32>} : () -> (tensor<i32>)
           %12 = "stablehlo.while"(%1) ({
@@ -139,20 +155,23 @@ fn regions_nest() {
           }) : (tensor<i32>) -> (tensor<i32>)
           "func.return"(%12) : (tensor<i32>) -> ()
         }
-    "#]], |f| {
-        let limit = f.argument(Shape::scalar(DType::I32));
-        let zero = f.scalar(DType::I32, 0);
-        f.while_loop(
-            &[zero],
-            |carried| carried[0].lt(limit),
-            |carried| f.if_else(carried[0].gt(3), || vec![carried[0] * 2], || vec![carried[0] + 1]),
-        )
-    });
+    "#]],
+        |f| {
+            let limit = f.argument(Shape::scalar(DType::I32));
+            let zero = f.scalar(DType::I32, 0);
+            f.while_loop(
+                &[zero],
+                |carried| carried[0].lt(limit),
+                |carried| f.if_else(carried[0].gt(3), || vec![carried[0] * 2], || vec![carried[0] + 1]),
+            )
+        },
+    );
 }
 
 #[test]
 fn sums_and_sorts_have_regions() {
-    check(expect![[r#"
+    check(
+        expect![[r#"
         func.func private @t.f(%0: tensor<2x5xf32>) -> (tensor<2x5xf32>, tensor<2x5xi32>, tensor<2xf32>) {
           %1 = "stablehlo.iota"() {iota_dimension = 0 : i64} : () -> (tensor<5xi32>)
           %2 = "stablehlo.broadcast_in_dim"(%1) {broadcast_dimensions = array<i64: 1>} : (tensor<5xi32>) -> (tensor<2x5xi32>)
@@ -169,37 +188,43 @@ fn sums_and_sorts_have_regions() {
           }) {dimensions = array<i64: 1>} : (tensor<2x5xf32>, tensor<f32>) -> (tensor<2xf32>)
           "func.return"(%8, %9, %14) : (tensor<2x5xf32>, tensor<2x5xi32>, tensor<2xf32>) -> ()
         }
-    "#]], |f| {
-        let x = f.argument(f32(&[(ROWS, 2), (VOCAB, 5)]));
-        let (sorted, places) = x.sort(VOCAB, crate::Order::Descending);
-        vec![sorted, places, x.sum(VOCAB)]
-    });
+    "#]],
+        |f| {
+            let x = f.argument(f32(&[(ROWS, 2), (VOCAB, 5)]));
+            let (sorted, places) = x.sort(VOCAB, crate::Order::Descending);
+            vec![sorted, places, x.sum(VOCAB)]
+        },
+    );
 }
 
 #[test]
 fn calls_of_kernels_carry_typed_attributes() {
-    check(expect![[r#"
+    check(
+        expect![[r#"
         func.func private @t.f(%0: tensor<2xf32>) -> (tensor<2xf32>) {
           %1 = "stablehlo.custom_call"(%0) {api_version = 4 : i32, backend_config = {eps = 0x3727C5AC : f32, name = "a \22b\22\0A", rows = 2 : i64}, call_target_name = "{ns}.touch", has_side_effect = false, operand_layouts = [dense<[0]> : tensor<1xindex>], output_operand_aliases = [#stablehlo.output_operand_alias<output_tuple_indices = [], operand_index = 0, operand_tuple_indices = []>], result_layouts = [dense<[0]> : tensor<1xindex>]} : (tensor<2xf32>) -> (tensor<2xf32>)
           "func.return"(%1) : (tensor<2xf32>) -> ()
         }
-    "#]], |f| {
-        let x = f.argument(f32(&[(TOKENS, 2)]));
-        let mut call = CustomCall::new("{ns}.touch", vec![x.shape()]);
-        call.config = BackendConfig::Typed(vec![
-            ("rows".to_owned(), crate::Attribute::I64(2)),
-            ("eps".to_owned(), crate::Attribute::F32(1e-5)),
-            ("name".to_owned(), crate::Attribute::Text("a \"b\"\n".to_owned())),
-        ]);
-        call.aliases = vec![(0, 0)];
-        call.row_major = true;
-        f.custom_call(&call, &[x])
-    });
+    "#]],
+        |f| {
+            let x = f.argument(f32(&[(TOKENS, 2)]));
+            let mut call = CustomCall::new("{ns}.touch", vec![x.shape()]);
+            call.config = BackendConfig::Typed(vec![
+                ("rows".to_owned(), crate::Attribute::I64(2)),
+                ("eps".to_owned(), crate::Attribute::F32(1e-5)),
+                ("name".to_owned(), crate::Attribute::Text("a \"b\"\n".to_owned())),
+            ]);
+            call.aliases = vec![(0, 0)];
+            call.row_major = true;
+            f.custom_call(&call, &[x])
+        },
+    );
 }
 
 #[test]
 fn devices_exchange() {
-    check(expect![[r#"
+    check(
+        expect![[r#"
         func.func private @t.f(%0: tensor<2xf32>) -> (tensor<8xf32>) {
           %4 = "stablehlo.all_reduce"(%0) ({
           ^bb0(%1: tensor<f32>, %2: tensor<f32>):
@@ -209,11 +234,13 @@ fn devices_exchange() {
           %5 = "stablehlo.all_gather"(%4) {all_gather_dim = 0 : i64, channel_handle = #stablehlo.channel_handle<handle = 1, type = 1>, replica_groups = dense<[[0, 1, 2, 3]]> : tensor<1x4xi64>, use_global_device_ids} : (tensor<2xf32>) -> (tensor<8xf32>)
           "func.return"(%5) : (tensor<8xf32>) -> ()
         }
-    "#]], |f| {
-        let x = f.argument(f32(&[(TOKENS, 2)]));
-        let group = Group::all(4, 1);
-        vec![x.all_reduce_sum(&group).all_gather(TOKENS, &group)]
-    });
+    "#]],
+        |f| {
+            let x = f.argument(f32(&[(TOKENS, 2)]));
+            let group = Group::all(4, 1);
+            vec![x.all_reduce_sum(&group).all_gather(TOKENS, &group)]
+        },
+    );
 }
 
 #[test]
@@ -239,7 +266,8 @@ fn main_donates_and_a_module_holds_it() {
           "func.return"(%1) : (tensor<2xf32>) -> ()
         }
         }
-    "#]].assert_eq(&module_text("step", 2, &fragment.functions));
+    "#]]
+    .assert_eq(&module_text("step", 2, &fragment.functions));
     assert_eq!(fragment.functions[1].calls, ["host.double"]);
 }
 
@@ -273,12 +301,15 @@ fn equal_layers_share_a_function_and_imports_carry_a_default() {
     let symbols: Vec<_> = fragment.functions.iter().map(|function| function.symbol.as_str()).collect();
     assert_eq!(symbols, ["toy_model.gated_mlp.default", "toy_model.layer", "toy_model.hidden"]);
     let imports: Vec<_> = fragment.imports.iter().map(|import| import.symbol.as_str()).collect();
-    assert_eq!(imports, [
-        "toy_model.import.embed.0",
-        "toy_model.import.linear.0",
-        "toy_model.import.linear.1",
-        "toy_model.import.gated_mlp.0",
-    ]);
+    assert_eq!(
+        imports,
+        [
+            "toy_model.import.embed.0",
+            "toy_model.import.linear.0",
+            "toy_model.import.linear.1",
+            "toy_model.import.gated_mlp.0",
+        ]
+    );
     assert_eq!(fragment.imports[3].default.as_deref(), Some("toy_model.gated_mlp.default"));
     assert_eq!(fragment.functions[0].calls, ["toy_model.import.linear.0", "toy_model.import.linear.1"]);
     assert_eq!(fragment.functions[0].arguments, fragment.imports[3].arguments);
