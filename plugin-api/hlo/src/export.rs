@@ -19,7 +19,7 @@ impl<'f> Func<'f> {
         self.argument(shape)
     }
 
-    /// Declares all parts of the weight `name` as arguments of an export. `shape` is its logical shape.
+    /// Declares all parts of the weight `name` as arguments of an export. `shape` is its logical shape in this shard.
     #[track_caller]
     pub fn weight(&'f self, name: &str, handle: &WeightHandle, shape: &[u64]) -> Weight<'f> {
         let part = |(part, tensor)| {

@@ -69,6 +69,7 @@ impl Pass for Weight<'_> {
 impl<T: Pass> Pass for Option<T> {
     type In<'g> = Option<T::In<'g>>;
 
+    #[expect(clippy::manual_map, reason = "a closure would hide the caller's place")]
     #[track_caller]
     fn pass<'g>(&self, g: &'g Func<'g>) -> Self::In<'g> {
         match self {

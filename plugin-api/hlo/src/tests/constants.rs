@@ -42,8 +42,8 @@ fn narrow_floats_are_rounded_once_and_to_even() {
             .collect()
     });
     let found: Vec<_> = out.iter().map(|tensor| tensor.values::<f32>()[0]).collect();
-    let bf16 = [1.0, 1.0 + 4.0 / 256.0, -0.100_097_656_25, f32::NEG_INFINITY];
-    let f16 = [1.0 + 1.0 / 256.0, 1.0 + 3.0 / 256.0, -0.099_975_585_937_5, f32::NEG_INFINITY];
+    let bf16 = [1.0, 1.0 + 4.0 / 256.0, f32::from_bits(0xBDCD_0000), f32::NEG_INFINITY];
+    let f16 = [1.0 + 1.0 / 256.0, 1.0 + 3.0 / 256.0, -1638.0 / 16384.0, f32::NEG_INFINITY];
     assert_eq!(found[..4], bf16);
     assert_eq!(found[4..8], f16);
     assert_eq!(found[8], f32::from_bits(0x7F7F_0000));

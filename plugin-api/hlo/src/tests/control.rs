@@ -1,7 +1,7 @@
 //! Loops, branches, calls.
 
 use super::device::{Tensor, run};
-use crate::{Builder, CustomCall, DType, Shape, axes::*, module_text};
+use crate::{Axis, BackendConfig, Builder, CustomCall, DType, Shape, axes::*, module_text};
 
 #[test]
 fn loops_carry_values_and_see_the_function_around() {
@@ -18,7 +18,7 @@ fn loops_carry_values_and_see_the_function_around() {
 fn one_branch_is_taken() {
     for choice in [-1, 0, 1, 2, 9] {
         let out = run(&[Tensor::new(&[], &[choice])], |f, x| {
-            let cased = f.case(x[0], 3, |branch| vec![x[0] * 0 + 100 * (branch as i32 + 1)]);
+            let cased = f.case(x[0], 3, |branch| vec![x[0].full_like(100 * (branch as i32 + 1))]);
             let halved = f.if_else(x[0].gt(0), || vec![x[0] / 2, x[0]], || vec![x[0], x[0] - 1]);
             [cased, halved].concat()
         });
@@ -82,11 +82,15 @@ fn donated_arguments_and_definitions_of_imports_compile() {
 
 #[test]
 fn kernels_are_called_by_name() {
-    // A target that XLA knows without registration: it marks its operand and passes it on.
-    let out = run(&[Tensor::new(&[(TOKENS, 2)], &[1.0f32, 2.0])], |f, x| {
-        let mut call = CustomCall::new("annotate_device_placement", vec![x[0].shape()]);
-        call.config = crate::BackendConfig::Text(String::new());
-        f.custom_call(&call, &[x[0]])
+    // XLA brings this one itself: the largest elements of each row and their places.
+    let rows = Tensor::new(&[(ROWS, 2), (VOCAB, 4)], &[1.0f32, 4.0, 3.0, 2.0, -1.0, -4.0, -3.0, -2.0]);
+    let out = run(&[rows], |f, x| {
+        let top = [(ROWS, 2), (Axis("top"), 2)];
+        let mut call = CustomCall::new("TopK", vec![Shape::new(DType::F32, top), Shape::new(DType::I32, top)]);
+        call.config = BackendConfig::Text(String::new());
+        call.row_major = true;
+        f.custom_call(&call, x)
     });
-    assert_eq!(out[0].values::<f32>(), [1.0, 2.0]);
+    assert_eq!(out[0].values::<f32>(), [4.0, 3.0, -1.0, -2.0]);
+    assert_eq!(out[1].values::<i32>(), [1, 2, 0, 3]);
 }

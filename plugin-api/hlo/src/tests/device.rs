@@ -6,7 +6,8 @@ use torus_pjrt::{Client, CompileOptions, ElementType, OptionValue, Plugin};
 
 use crate::{Axis, Builder, DType, Element, Func, Shape, Value, module_text};
 
-const PLUGIN: &str = "lammps-jax-pjrt-cpu-0.11.2/pjrt_c_api_cpu_plugin.so";
+const NEWEST: &str = "lammps-jax-pjrt-cpu-0.11.2/pjrt_c_api_cpu_plugin.so";
+const OLDEST: &str = "xla-cpu-pjrt-0.0.1/xla_cpu_pjrt.so";
 pub const DEVICES: usize = 4;
 
 /// A tensor on the host.
@@ -97,15 +98,22 @@ pub fn assert_close(found: &[f32], expected: &[f32], tolerance: f32) {
 
 fn client() -> &'static Client {
     static CLIENT: OnceLock<Client> = OnceLock::new();
-    CLIENT.get_or_init(|| {
-        let home = || PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cache");
-        let base = || std::env::var_os("XDG_CACHE_HOME").map_or_else(home, PathBuf::from).join("torus");
-        let path = std::env::var_os("TORUS_CACHE").map_or_else(base, PathBuf::from).join("pjrt").join(PLUGIN);
-        assert!(path.exists(), "{} is missing: run .make/setup.sh test", path.display());
-        let plugin = Plugin::load(&path).unwrap();
-        let devices = ("cpu_device_count".to_owned(), OptionValue::Int(DEVICES as i64));
-        Client::new(&plugin, &vec![devices]).unwrap()
-    })
+    CLIENT.get_or_init(|| open(NEWEST))
+}
+
+/// Its compiler must understand the same text: what is emitted may not need the newest StableHLO.
+fn old_client() -> &'static Client {
+    static CLIENT: OnceLock<Client> = OnceLock::new();
+    CLIENT.get_or_init(|| open(OLDEST))
+}
+
+fn open(plugin: &str) -> Client {
+    let home = || PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cache");
+    let base = || std::env::var_os("XDG_CACHE_HOME").map_or_else(home, PathBuf::from).join("torus");
+    let path = std::env::var_os("TORUS_CACHE").map_or_else(base, PathBuf::from).join("pjrt").join(plugin);
+    assert!(path.exists(), "{} is missing: run .make/setup.sh test", path.display());
+    let devices = ("cpu_device_count".to_owned(), OptionValue::Int(DEVICES as i64));
+    Client::new(&Plugin::load(&path).unwrap(), &vec![devices]).unwrap()
 }
 
 fn element_type(dtype: DType) -> ElementType {
@@ -150,7 +158,9 @@ pub fn run_on_all(
 pub fn execute(text: &str, inputs: &[&[Tensor]], results: &[Shape]) -> Vec<Vec<Tensor>> {
     let partitions = inputs.len() as u32;
     let options = CompileOptions { partitions, ..Default::default() };
-    let executable = client().compile(text, &options).unwrap_or_else(|error| panic!("{error}\n{text}"));
+    let compile = |client: &Client| client.compile(text, &options).unwrap_or_else(|error| panic!("{error}\n{text}"));
+    compile(old_client());
+    let executable = compile(client());
     let devices = client().devices().unwrap();
     let upload = |(input, device): (&Tensor, _)| {
         let dims: Vec<_> = input.shape.dims().map(|dim| dim as i64).collect();

@@ -139,7 +139,7 @@ fn selection_clamping_and_booleans() {
 
 #[test]
 fn conversions_drop_fractions_and_round_to_even() {
-    let x = Tensor::new(&[(TOKENS, 4)], &[-2.75f32, 0.0, 1.00390625, 300.0]);
+    let x = Tensor::new(&[(TOKENS, 4)], &[-2.75f32, 0.0, 1.0 + 1.0 / 256.0, 300.0]);
     let out = run(&[x], |_, x| {
         let bf16 = x[0].convert(DType::Bf16).convert(DType::F32);
         let dtypes = [DType::I32, DType::Bool, DType::F64, DType::I64];
@@ -147,7 +147,7 @@ fn conversions_drop_fractions_and_round_to_even() {
     });
     assert_eq!(out[0].values::<i32>(), [-2, 0, 1, 300]);
     assert_eq!(out[1].values::<bool>(), [true, false, true, true]);
-    assert_eq!(out[2].values::<f64>(), [-2.75, 0.0, 1.00390625, 300.0]);
+    assert_eq!(out[2].values::<f64>(), [-2.75, 0.0, 1.0 + 1.0 / 256.0, 300.0]);
     assert_eq!(out[3].values::<i64>(), [-2, 0, 1, 300]);
     assert_eq!(out[4].values::<f32>(), [-2.75, 0.0, 1.0, 300.0]);
 }

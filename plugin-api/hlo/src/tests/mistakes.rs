@@ -91,12 +91,11 @@ fn values_stay_where_they_belong() {
 
     let error = mistake(|f| {
         let outer = x(f);
-        let inner = f.outline("middle", |g| {
+        f.outline("middle", |g| {
             let passed = g.pass(&outer);
             g.outline("inner", |h| vec![h.pass(&outer)]);
             vec![passed]
-        });
-        inner
+        })
     });
     assert_eq!((error.operation, error.function.as_str()), ("pass", "inner"));
 }
