@@ -4,8 +4,11 @@
 
 pub mod api;
 mod compile;
-//pub mod config;
+pub mod config;
+mod device;
 mod handle;
+mod load;
+mod memory;
 mod program;
 mod request;
 mod sampling;

@@ -1,0 +1,434 @@
+//! From a configuration to an engine that can run: client, plugins, weights, memory, programs.
+
+use std::{
+    fs,
+    io::{self, Read},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use sha2::{Digest, Sha256};
+use torus_abi::{
+    DType,
+    attention::{AttentionQuery, Target as AttentionTarget},
+    model::{GgufAnswer, ModelDescription, ModelOptions, Parallel, StateKind},
+    step::StepShape,
+};
+use torus_pjrt::{Buffer, Client, LoadedExecutable, OptionValue, PjrtError, Plugin as PjrtPlugin};
+use torus_plugins::{CallError, OpenModel, Plugin, RegistryError};
+use torus_weights::{
+    AlignedBytes, Checkpoint, LoadPlan, PlannedWeight, Progress, SinkError, StorageDType, WeightSink, WeightsError,
+};
+
+use crate::{
+    api::{ModelInfo, Readiness},
+    compile::{CacheKey, CompileError, Compiler},
+    config::{DtypeChoice, EngineConfig, Platform},
+    device::{DeviceState, Loaders, Target},
+    handle::{Shared, lock},
+    memory,
+    program::{AssembleError, Assembler, Rows, StepLayout, initial_state, load_pages, load_row},
+};
+
+/// Why an engine could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error(transparent)]
+    Device(#[from] PjrtError),
+    #[error("the device plugin {path} cannot be read: {source}", path = .path.display())]
+    Unreadable { path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    #[error(transparent)]
+    Plugin(#[from] CallError),
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+    #[error(transparent)]
+    Assemble(#[from] AssembleError),
+    #[error(transparent)]
+    Compile(#[from] CompileError),
+    #[error("{field}: {message}")]
+    Config { field: &'static str, message: String },
+}
+
+fn invalid(field: &'static str, message: impl Into<String>) -> StartError {
+    StartError::Config { field, message: message.into() }
+}
+
+/// One compiled bucket.
+pub(crate) struct Bucket {
+    pub layout: StepLayout,
+    pub executable: LoadedExecutable,
+}
+
+/// Everything the step loop runs on.
+pub(crate) struct Loaded {
+    pub state: DeviceState,
+    /// By ascending number of tokens.
+    pub buckets: Vec<Bucket>,
+    /// The program that gives logprobs of prompt tokens.
+    pub prompt_logprobs: Bucket,
+    pub shape: StepShape,
+    pub max_running: usize,
+    pub token_budget: usize,
+    pub context_length: usize,
+    pub vocab: usize,
+    pub end_tokens: Vec<u32>,
+    /// Table entries of one slot.
+    pub pages_per_slot: usize,
+}
+
+/// Prompt tokens of a step that gives logprobs of all of them.
+const PROMPT_LOGPROB_TOKENS: usize = 128;
+
+/// Loads everything, telling `shared` how far it is.
+pub(crate) fn load(config: &EngineConfig, shared: &Shared) -> Result<Loaded, StartError> {
+    let target = open_device(config)?;
+    let checkpoint = Checkpoint::open(&config.model)?;
+    let (plugin, gguf, model) = open_model(config, &checkpoint)?;
+    let description = model.describe()?;
+    let activations = activations(config.dtype, description.dtype);
+    let plan = memory::plan(config, &description, activations)?;
+    let queries = attention_queries(&description, activations, plan.shape(1, 1), &target);
+    let (attention, answers) = config.plugins.attention(config.attention_backend.as_deref(), &queries)?;
+    let page_bytes: u64 = description.layers.iter().map(|kind| answers[*kind].page_bytes).sum();
+    let plan = plan.with_pages(config, page_bytes, activations, &description)?;
+    tracing::info!(
+        attention = attention.name(),
+        %activations,
+        kv_tokens = plan.kv_tokens(),
+        kv_bytes = plan.pages * page_bytes,
+        max_running = plan.max_running,
+        "memory is planned"
+    );
+    let interface = attention.attention().ok_or_else(|| invalid("attention_backend", "it offers no attention"))?;
+    let assembler = Assembler {
+        model,
+        attention: interface.clone(),
+        queries: queries.iter().map(|query| AttentionQuery { shape: plan.shape(1, 1), ..query.clone() }).collect(),
+        activations,
+        matrices: plan.matrices,
+        max_running: plan.max_running as u64,
+        description,
+    };
+    let weights = load_weights(config, &checkpoint, gguf.as_ref(), &assembler, &target, shared)?;
+    let key = cache_key(config, &target, &[&plugin, &attention])?;
+    let compiler = Compiler::new(target.client.clone(), config.cache_dir.as_deref(), key);
+    let programs = compile(config, &compiler, &assembler, &plan, shared)?;
+    let arguments = assembler.arguments(plan.shape(1, 1))?;
+    let state = DeviceState::new(target.clone(), arguments, weights.into(), Arc::new(programs.loaders))?;
+    let end_tokens = config.end_token_ids.clone();
+    *lock(&shared.info) = Some(Arc::new(ModelInfo {
+        architecture: assembler.description.architecture.clone(),
+        vocab_size: assembler.description.vocab as usize,
+        context_length: plan.context_length,
+        max_total_tokens: plan.kv_tokens(),
+        max_running_requests: plan.max_running,
+        page_size: plan.page_size as usize,
+        dtype: activations.to_string(),
+        attention_backend: attention.name().to_owned(),
+        device: target.device.kind().to_owned(),
+        end_token_ids: end_tokens.clone(),
+    }));
+    Ok(Loaded {
+        state,
+        buckets: programs.buckets,
+        prompt_logprobs: programs.prompt_logprobs,
+        shape: plan.shape(1, 1),
+        max_running: plan.max_running,
+        token_budget: plan.token_budget,
+        context_length: plan.context_length,
+        vocab: assembler.description.vocab as usize,
+        end_tokens,
+        pages_per_slot: plan.pages_per_slot,
+    })
+}
+
+fn open_device(config: &EngineConfig) -> Result<Target, StartError> {
+    let plugin = PjrtPlugin::load(&config.device.pjrt_plugin)?;
+    let options = match config.device.platform {
+        Platform::Cpu => vec![("cpu_device_count".to_owned(), OptionValue::Int(1))],
+        Platform::Tpu | Platform::Cuda => Vec::new(),
+    };
+    let client = Client::new(&plugin, &options)?;
+    let device = client.devices()?.into_iter().next();
+    let device = device.ok_or_else(|| invalid("device", "the device plugin finds no device"))?;
+    Ok(Target { client, device })
+}
+
+type Opened = (Arc<Plugin>, Option<GgufAnswer>, OpenModel);
+
+/// Finds the plugin that serves the checkpoint, and opens the model.
+fn open_model(config: &EngineConfig, checkpoint: &Checkpoint) -> Result<Opened, StartError> {
+    let (plugin, gguf, hf_config) = match checkpoint.gguf_query() {
+        Some(query) => {
+            let architecture = query.metadata.get("general.architecture").and_then(|name| name.as_str());
+            let plugin = config.plugins.gguf_model(architecture.unwrap_or("(none)"))?.clone();
+            let answer = interface(&plugin)?.from_gguf(&query)?;
+            let hf_config = answer.config.clone();
+            (plugin, Some(answer), hf_config)
+        }
+        None => {
+            let hf_config = checkpoint.config().cloned().unwrap_or_default();
+            let architecture = hf_config["architectures"][0].as_str().unwrap_or("(none)");
+            let plugin = config.plugins.model(architecture)?.clone();
+            (plugin, None, hf_config)
+        }
+    };
+    let options = ModelOptions { config: hf_config, parallel: Parallel::default() };
+    let model = interface(&plugin)?.open(&options)?;
+    tracing::info!(plugin = plugin.name(), model = %checkpoint.path().display(), "model opened");
+    Ok((plugin, gguf, model))
+}
+
+fn interface(plugin: &Plugin) -> Result<&torus_plugins::ModelInterface, StartError> {
+    plugin.model().ok_or_else(|| invalid("model", "the plugin offers no model"))
+}
+
+/// The dtype of activations. f16 checkpoints run in bf16, which every device has.
+fn activations(choice: DtypeChoice, checkpoint: DType) -> DType {
+    match (choice, checkpoint) {
+        (DtypeChoice::Float32, _) | (DtypeChoice::Auto, DType::F32 | DType::F64) => DType::F32,
+        (DtypeChoice::Bfloat16, _) | (DtypeChoice::Auto, _) => DType::Bf16,
+    }
+}
+
+fn attention_queries(
+    description: &ModelDescription,
+    dtype: DType,
+    shape: StepShape,
+    target: &Target,
+) -> Vec<AttentionQuery> {
+    let platform = target.client.platform_name().to_owned();
+    let query = |kind: &StateKind| {
+        let StateKind::Paged(spec) = kind;
+        let target = AttentionTarget { platform: platform.clone(), device_kind: target.device.kind().to_owned() };
+        AttentionQuery { spec: spec.clone(), dtype, kv_dtype: dtype, shape, target }
+    };
+    description.kinds.iter().map(query).collect()
+}
+
+/// Hands each weight to the device as it is assembled.
+struct DeviceSink<'a> {
+    target: &'a Target,
+    buffers: Vec<Buffer>,
+}
+
+impl WeightSink for DeviceSink<'_> {
+    fn put(&mut self, weight: &PlannedWeight, bytes: AlignedBytes) -> Result<(), SinkError> {
+        self.buffers.push(self.target.give(bytes, &weight.tensor_type())?);
+        Ok(())
+    }
+}
+
+/// Passes progress on to the terminal and to `/health`.
+struct LoadProgress<'a> {
+    console: Option<torus_weights::ConsoleProgress>,
+    shared: &'a Shared,
+}
+
+impl Progress for LoadProgress<'_> {
+    fn begin(&self, what: &str, total_bytes: u64) {
+        self.shared.set_readiness(Readiness::Loading { done: 0, total: total_bytes });
+        if let Some(console) = &self.console {
+            console.begin(what, total_bytes);
+        }
+    }
+
+    fn advance(&self, bytes: u64) {
+        if let Readiness::Loading { done, .. } = &mut *lock(&self.shared.readiness) {
+            *done += bytes;
+        }
+        if let Some(console) = &self.console {
+            console.advance(bytes);
+        }
+    }
+
+    fn finish(&self) {
+        if let Some(console) = &self.console {
+            console.finish();
+        }
+    }
+}
+
+fn load_weights(
+    config: &EngineConfig,
+    checkpoint: &Checkpoint,
+    gguf: Option<&GgufAnswer>,
+    assembler: &Assembler,
+    target: &Target,
+    shared: &Shared,
+) -> Result<Vec<Buffer>, StartError> {
+    let storage = |index: usize| match assembler.storage(index).0 {
+        DType::Bf16 => StorageDType::Bf16,
+        _ => StorageDType::F32,
+    };
+    let names = &assembler.description.weights;
+    let plan = LoadPlan::new(checkpoint, &assembler.description, gguf, |spec| {
+        names.iter().position(|known| known.name == spec.name).map_or(StorageDType::F32, storage)
+    })?;
+    let mut sink = DeviceSink { target, buffers: Vec::with_capacity(names.len()) };
+    let console = config.progress.then(torus_weights::ConsoleProgress::new);
+    let report = plan.run(&mut sink, &LoadProgress { console, shared })?;
+    tracing::info!(weights = report.weights, bytes = report.bytes, seconds = report.elapsed.as_secs_f32(), "weights loaded");
+    Ok(sink.buffers)
+}
+
+/// Everything that decides machine code beside a program's text.
+fn cache_key(config: &EngineConfig, target: &Target, plugins: &[&Arc<Plugin>]) -> Result<CacheKey, StartError> {
+    let path = &config.device.pjrt_plugin;
+    let hash = file_hash(path).map_err(|source| StartError::Unreadable { path: path.clone(), source })?;
+    let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let flags = cpu.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
+    let mut key = CacheKey::new()
+        .with("pjrt", hash)
+        .with("device", target.device.kind())
+        .with("cpu", flags)
+        .with("version", env!("CARGO_PKG_VERSION"));
+    for variable in ["XLA_FLAGS", "LIBTPU_INIT_ARGS", "PJRT_NPROC"] {
+        key = key.with(variable, std::env::var(variable).unwrap_or_default());
+    }
+    Ok(plugins.iter().fold(key, |key, plugin| key.with("plugin", plugin.identity())))
+}
+
+fn file_hash(path: &Path) -> io::Result<Vec<u8>> {
+    const CHUNK_BYTES: usize = 1 << 20;
+    let (mut file, mut hash) = (fs::File::open(path)?, Sha256::new());
+    let mut chunk = vec![0; CHUNK_BYTES];
+    loop {
+        match file.read(&mut chunk)? {
+            0 => return Ok(hash.finalize().to_vec()),
+            bytes => hash.update(&chunk[..bytes]),
+        }
+    }
+}
+
+struct Programs {
+    loaders: Loaders,
+    buckets: Vec<Bucket>,
+    prompt_logprobs: Bucket,
+}
+
+fn compile(
+    config: &EngineConfig,
+    compiler: &Compiler,
+    assembler: &Assembler,
+    plan: &memory::Plan,
+    shared: &Shared,
+) -> Result<Programs, StartError> {
+    let mut wanted: Vec<_> = plan.buckets().into_iter().map(|tokens| (tokens, Rows::Sampled)).collect();
+    wanted.push((plan.token_budget.min(PROMPT_LOGPROB_TOKENS), Rows::All));
+    let total = wanted.len();
+    shared.set_readiness(Readiness::Compiling { done: 0, total });
+    let bar = config.progress.then(|| progress_bar(total));
+    // The largest take longest: they go first, so that the last ones to finish are short.
+    let order: Vec<_> = wanted.iter().rev().copied().collect();
+    let make = |(tokens, rows): &(usize, Rows)| -> Result<Bucket, StartError> {
+        let program = assembler.program(plan.shape(*tokens, plan.max_running), *rows)?;
+        let executable = compiler.compile(&format!("step of {tokens} tokens"), &program.text)?;
+        Ok(Bucket { layout: program.layout, executable })
+    };
+    let done = |done| {
+        shared.set_readiness(Readiness::Compiling { done, total });
+        if let Some(bar) = &bar {
+            bar.set_position(done as u64);
+        }
+    };
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut buckets = Compiler::all(&order, threads, make, done)?;
+    buckets.reverse();
+    if let Some(bar) = bar {
+        bar.finish_and_clear();
+    }
+    let prompt_logprobs = buckets.pop().ok_or_else(|| invalid("chunked_prefill_size", "there are no buckets"))?;
+    let arguments = assembler.arguments(plan.shape(1, 1))?;
+    let loader = |name: &str, text: Result<String, AssembleError>| -> Result<_, StartError> {
+        Ok(compiler.compile(name, &text?)?)
+    };
+    let loaders = Loaders {
+        initial_state: loader("initial state", initial_state(&arguments))?,
+        load_counts: loader("load counts", load_row(&arguments.rows.token_counts))?,
+        load_bias: loader("load bias", load_row(&arguments.rows.bias))?,
+        load_pages: loader("load pages", load_pages(&arguments.rows.page_table))?,
+    };
+    Ok(Programs { loaders, buckets, prompt_logprobs })
+}
+
+fn progress_bar(total: usize) -> indicatif::ProgressBar {
+    let style = indicatif::ProgressStyle::with_template("compiling {bar:40} {pos}/{len} programs, {elapsed}");
+    let bar = indicatif::ProgressBar::new(total as u64);
+    // The template is a constant; a default style would do as well.
+    if let Ok(style) = style { bar.with_style(style) } else { bar }
+}
+
+#[cfg(test)]
+mod golden {
+    use super::*;
+    use crate::{config::*, program::{Field, StepBuffer, result}};
+
+    #[test]
+    fn one_prompt() {
+        tracing_init();
+        // The plugins of this test binary.
+        let _ = (torus_model_llama::PLUGIN, torus_attention_native::PLUGIN);
+        let home = std::path::PathBuf::from(std::env::var_os("HOME").unwrap());
+        let config = EngineConfig {
+            name: "m".into(),
+            model: torus_weights::ResolvedModel::Gguf(home.join(".cache/torus/models/SmolLM2-135M-Instruct.Q4_1.gguf")),
+            plugins: torus_plugins::Registry::linked().unwrap(),
+            end_token_ids: vec![2],
+            device: DeviceConfig { platform: Platform::Cpu, pjrt_plugin: crate::testing::pjrt_plugin(), cpu_threads: None },
+            dtype: DtypeChoice::Float32,
+            attention_backend: None,
+            context_length: Some(1024),
+            memory: MemoryConfig { available_bytes: None, page_size: Some(16), max_total_tokens: Some(4096), mem_fraction_static: None },
+            schedule: ScheduleConfig { max_running_requests: Some(4), chunked_prefill_size: Some(std::env::var("CHUNK").ok().and_then(|c| c.parse().ok()).unwrap_or(16)), max_prefill_tokens: 16384, max_queued_requests: 10, prefix_cache: true, overlap: true },
+            random_seed: 0,
+            cache_dir: None,
+            watchdog_timeout: std::time::Duration::from_secs(100),
+            progress: false,
+            fail_on_token: None,
+        };
+        let t = std::time::Instant::now();
+        let mut loaded = load(&config, &Shared::new()).unwrap_or_else(|e| panic!("{e}"));
+        eprintln!("loaded in {:?}", t.elapsed());
+        for bucket in &loaded.buckets { eprintln!("{} tokens: {:?}", bucket.layout.shape.tokens, bucket.executable.memory_stats()); }
+        let prompt = [504, 3575, 2240, 282, 4649, 314];
+        let mut tokens: Vec<i32> = prompt.to_vec();
+        let mut fresh = prompt.len();
+        let mut out = vec![];
+        for step in 0..32 {
+            let bucket = loaded.buckets.iter().find(|b| b.layout.shape.tokens as usize >= fresh).unwrap();
+            let mut buffer = StepBuffer::new(&bucket.layout, 4, loaded.vocab as i32);
+            let start = tokens.len() - fresh;
+            for i in 0..fresh {
+                let position = start + i;
+                buffer.set(Field::TokenSrc, i, if step == 0 { tokens[position] } else { -1 });
+                buffer.set(Field::Positions, i, position as i32);
+                buffer.set(Field::KvSlot, i, 16 + position as i32);
+                if position % 16 == 0 {
+                    buffer.set(Field::DeltaIndex, 0, (position / 16) as i32);
+                    buffer.set(Field::DeltaPage, 0, (position / 16) as i32 + 1);
+                }
+            }
+            let ends = buffer.field(Field::CuQLens);
+            ends[1..].fill(fresh as i32);
+            buffer.set(Field::KvLens, 0, tokens.len() as i32);
+            buffer.set(Field::NumSeqs, 0, 1);
+            buffer.set(Field::LogitRows, 0, fresh as i32 - 1);
+            buffer.set(Field::Slots, 0, 0);
+            buffer.raise(crate::program::flag::LOGPROBS);
+            let t = std::time::Instant::now();
+            let copy = loaded.state.step(&bucket.executable, &buffer.bytes()).unwrap();
+            let bytes = copy.wait().unwrap();
+            let word = |i: usize| i32::from_le_bytes(bytes[4 * i..4 * i + 4].try_into().unwrap());
+            eprintln!("{step}: token {} logprob {} bad {} in {:?}", word(0), f32::from_bits(word(result::LOGPROB) as u32), word(2), t.elapsed());
+            tokens.push(word(0));
+            out.push(word(0));
+            fresh = 1;
+        }
+        eprintln!("{out:?}");
+        assert_eq!(out[..12], [7042, 30, 198, 198, 504, 1797, 1918, 553, 253, 2155, 282, 4723]);
+    }
+    fn tracing_init() {}
+}
