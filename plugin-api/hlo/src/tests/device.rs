@@ -113,7 +113,7 @@ fn open(plugin: &str) -> Client {
     let path = std::env::var_os("TORUS_CACHE").map_or_else(base, PathBuf::from).join("pjrt").join(plugin);
     assert!(path.exists(), "{} is missing: run .make/setup.sh test", path.display());
     let devices = ("cpu_device_count".to_owned(), OptionValue::Int(DEVICES as i64));
-    Client::new(&Plugin::load(&path).unwrap(), &vec![devices]).unwrap()
+    Client::new(&Plugin::load(&path).unwrap(), &[devices]).unwrap()
 }
 
 fn element_type(dtype: DType) -> ElementType {
