@@ -140,6 +140,7 @@ impl Buffer {
         Ok(Self { raw: returned(raw, "buffer")?, client: Arc::clone(client) })
     }
 
+    /// The type of its elements. This and the dimensions are known before the contents are.
     pub fn element_type(&self) -> Result<ElementType> {
         let mut args = args!(PJRT_Buffer_ElementType_Args { buffer: self.raw.as_ptr() });
         // SAFETY: the buffer is alive.
@@ -147,6 +148,7 @@ impl Buffer {
         ElementType::from_raw(args.type_)
     }
 
+    /// Its dimensions, as the program sees them.
     pub fn dims(&self) -> Result<Vec<i64>> {
         Ok(self.lent_dims()?.to_vec())
     }

@@ -27,6 +27,7 @@ impl AlignedBytes {
     /// Alignment in bytes.
     pub const ALIGN: usize = 64;
 
+    /// Memory of its own, all zero.
     pub fn zeroed(len: usize) -> Result<Self> {
         let out_of_memory = PjrtError::OutOfMemory { bytes: len };
         // Never of size zero, which the allocator does not take.
@@ -36,6 +37,7 @@ impl AlignedBytes {
         Ok(Self { data, len, layout })
     }
 
+    /// A copy of bytes that lie anywhere.
     pub fn copy_of(bytes: &[u8]) -> Result<Self> {
         let mut copy = Self::zeroed(bytes.len())?;
         copy.copy_from_slice(bytes);

@@ -94,6 +94,7 @@ impl Device {
         self.addressable
     }
 
+    /// All that the plugin says of it.
     pub fn description(&self) -> &DeviceDescription {
         &self.description
     }
@@ -120,14 +121,16 @@ impl fmt::Debug for Device {
 /// Memory of a device as its allocator sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DeviceMemoryStats {
+    /// What is handed out now.
     pub bytes_in_use: i64,
+    /// The most that ever was handed out at once.
     pub peak_bytes_in_use: Option<i64>,
     /// What the allocator may hand out at most.
     pub bytes_limit: Option<i64>,
 }
 
 impl Client {
-    /// `options` are a [`ClientOptions`].
+    /// Starts the plugin's client; `options` are a [`ClientOptions`].
     pub fn new(plugin: &Arc<Plugin>, options: &[(String, OptionValue)]) -> Result<Self> {
         let api = plugin.api;
         let options = raw_values(options);
@@ -157,6 +160,7 @@ impl Client {
         Ok(Self { handle: Arc::new(handle) })
     }
 
+    /// Where it comes from.
     pub fn plugin(&self) -> &Arc<Plugin> {
         &self.handle.plugin
     }
@@ -166,6 +170,7 @@ impl Client {
         &self.handle.platform_name
     }
 
+    /// The platform in words for people, such as the version of libtpu.
     pub fn platform_version(&self) -> &str {
         &self.handle.platform_version
     }

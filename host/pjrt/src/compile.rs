@@ -17,7 +17,9 @@ use crate::error::{PjrtError, Result};
 /// `mhlo.num_replicas` and `mhlo.num_partitions`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct CompileOptions {
+    /// Copies of the program that run on data of their own.
     pub replicas: u32,
+    /// Devices of each copy, which run one program on parts of its data.
     pub partitions: u32,
     /// Compilers refuse more than one partition without it.
     pub use_spmd_partitioning: bool,
@@ -54,6 +56,7 @@ impl CompileOptions {
         Self { partitions, ..Self::default() }
     }
 
+    /// Sets one option of the compiler.
     pub fn with(mut self, option: &str, value: OverrideValue) -> Self {
         self.overrides.insert(option.to_owned(), value);
         self

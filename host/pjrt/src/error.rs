@@ -9,21 +9,26 @@ use crate::{
     plugin::{API_MAJOR, TABLE_BYTES},
 };
 
+/// The result of whatever may fail in this crate.
 pub type Result<T, E = PjrtError> = std::result::Result<T, E>;
 
 /// An error of this crate or of a plugin.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum PjrtError {
-    #[error("PJRT plugin {} cannot be opened: {source}", path.display())]
-    PluginMissing { path: PathBuf, source: io::Error },
+    /// There is no such file, or it cannot be reached: correct the path, or fetch the plugin.
+    #[error("PJRT plugin {} cannot be opened: {reason}", path.display())]
+    PluginMissing { path: PathBuf, reason: io::Error },
 
+    /// The dynamic loader refuses the file: it is damaged, for another machine, or lacks a library it needs.
     #[error("{} is not a shared library that loads here: {reason}", path.display())]
     NotALibrary { path: PathBuf, reason: String },
 
+    /// A library without (a working) `GetPjrtApi`: correct the path.
     #[error("{} is a shared library, but not a PJRT plugin: {reason}", path.display())]
     NotAPlugin { path: PathBuf, reason: String },
 
+    /// Too old, or of another major version: use another version of the plugin.
     #[error(
         "PJRT plugin {} speaks API {major}.{minor} with a table of {table_bytes} bytes, but major version {API_MAJOR} and \
          at least {TABLE_BYTES} bytes are needed: use another version of the plugin",
@@ -31,8 +36,9 @@ pub enum PjrtError {
     )]
     IncompatibleApi { path: PathBuf, major: i32, minor: i32, table_bytes: usize },
 
-    #[error("PJRT plugin {} refused to start: {source}", path.display())]
-    InitializeFailed { path: PathBuf, source: Box<PjrtError> },
+    /// The plugin's own start failed, for instance because its hardware is missing or in use.
+    #[error("PJRT plugin {} refused to start: {reason}", path.display())]
+    InitializeFailed { path: PathBuf, reason: Box<PjrtError> },
 
     /// The plugin's function table ends before this function, or its slot is empty.
     #[error("this PJRT plugin has no {function}")]
@@ -42,6 +48,7 @@ pub enum PjrtError {
     #[error("{function}: {message} ({code})")]
     Plugin { function: &'static str, code: ErrorCode, message: String },
 
+    /// Memory of the host, not of a device; a device's is [`ErrorCode::ResourceExhausted`].
     #[error("no memory for {bytes} bytes on the host")]
     OutOfMemory { bytes: usize },
 
@@ -49,6 +56,7 @@ pub enum PjrtError {
     #[error("{0}")]
     Invalid(String),
 
+    /// Names of handlers are taken for ever: choose one that is unique to the library and its version.
     #[error("an FFI handler named `{target}` is already registered for {platform} in this process, at another address")]
     DuplicateHandler { target: String, platform: String },
 }
@@ -58,7 +66,7 @@ impl PjrtError {
     pub fn code(&self) -> Option<ErrorCode> {
         match self {
             Self::Plugin { code, .. } => Some(*code),
-            Self::InitializeFailed { source, .. } => source.code(),
+            Self::InitializeFailed { reason, .. } => reason.code(),
             _ => None,
         }
     }

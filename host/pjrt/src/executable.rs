@@ -27,11 +27,15 @@ unsafe impl Sync for Executable {}
 /// Bytes a program needs on each device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MemoryStats {
+    /// All arguments, donated ones included.
     pub argument_bytes: i64,
+    /// All outputs, those included that live in donated arguments.
     pub output_bytes: i64,
     /// Bytes of outputs that live in donated arguments.
     pub alias_bytes: i64,
+    /// What the program allocates while it runs.
     pub temp_bytes: i64,
+    /// The machine code.
     pub code_bytes: i64,
 }
 
@@ -52,6 +56,7 @@ impl Executable {
         }
     }
 
+    /// As in the compile options.
     pub fn num_replicas(&self) -> Result<usize> {
         let mut args = args!(PJRT_Executable_NumReplicas_Args { executable: self.raw.as_ptr() });
         // SAFETY: the executable is alive.
@@ -59,6 +64,7 @@ impl Executable {
         Ok(args.num_replicas)
     }
 
+    /// As in the compile options.
     pub fn num_partitions(&self) -> Result<usize> {
         let mut args = args!(PJRT_Executable_NumPartitions_Args { executable: self.raw.as_ptr() });
         // SAFETY: the executable is alive.
@@ -126,6 +132,7 @@ impl Executable {
         }
     }
 
+    /// What it needs on each device.
     pub fn memory_stats(&self) -> Result<MemoryStats> {
         let mut args = args!(PJRT_Executable_GetCompiledMemoryStats_Args { executable: self.raw.as_ptr() });
         // SAFETY: the executable is alive.

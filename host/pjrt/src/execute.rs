@@ -17,8 +17,9 @@ use crate::{
 /// A program on the devices it was compiled for. What [`Executable`] answers, this does too.
 pub struct LoadedExecutable {
     raw: NonNull<PJRT_LoadedExecutable>,
-    client: Arc<ClientHandle>,
+    // Fields are dropped in this order: the client, which this may be the last to hold, must go after the executable.
     executable: Executable,
+    client: Arc<ClientHandle>,
     num_outputs: usize,
     devices: Vec<Device>,
 }
@@ -99,7 +100,7 @@ impl LoadedExecutable {
                 return Err(error);
             }
         };
-        let mut loaded = Self { raw, client: Arc::clone(client), executable, num_outputs: 0, devices: Vec::new() };
+        let mut loaded = Self { raw, executable, client: Arc::clone(client), num_outputs: 0, devices: Vec::new() };
         loaded.num_outputs = loaded.executable.num_outputs()?;
         loaded.devices = loaded.read_devices()?;
         Ok(loaded)
@@ -129,7 +130,8 @@ impl LoadedExecutable {
     /// Starts a program of one device.
     ///
     /// Arguments that the program updates in place (`tf.aliasing_output`) are donated: they are deleted when this
-    /// returns, even with an error of the plugin. An error of the running program arrives through the result.
+    /// returns, and may be so even if it returns an error. Whatever still computes them need not be done. An error of
+    /// the running program arrives through the result, or here if the plugin runs the program within this call.
     pub fn execute(&self, args: &[&Buffer]) -> Result<Execution> {
         let buffers = args.iter().map(|buffer| self.check(buffer)).collect::<Result<Vec<_>>>()?;
         let mut executions = self.launch(&[buffers.as_ptr()], args.len(), &ExecuteOptions::default())?;
@@ -196,20 +198,16 @@ impl LoadedExecutable {
         // SAFETY: the executable and all arguments are alive, and every list is as long as the struct says.
         unsafe { self.client.api.call(&mut args) }?;
 
-        // Everything is taken over before anything is reported, so that nothing leaks.
         // SAFETY: after success the lists are filled with objects that are ours.
-        let outputs = outputs.iter().map(|&raw| unsafe { Buffer::from_raw(raw, &self.client) });
-        let mut outputs = outputs.collect::<Vec<_>>().into_iter();
+        let buffer = |raw| unsafe { Buffer::from_raw(raw, &self.client) };
         // SAFETY: see above.
-        let events = events.iter().map(|&raw| unsafe { Event::from_raw(raw, &self.client) });
-        events
-            .collect::<Vec<_>>()
-            .into_iter()
-            .map(|done| {
-                let outputs = outputs.by_ref().take(self.num_outputs).collect::<Result<_, _>>()?;
-                Ok(Execution { outputs, done: done? })
-            })
-            .collect()
+        let event = |raw| unsafe { Event::from_raw(raw, &self.client) };
+        let mut outputs = outputs.into_iter();
+        let execution = |done| {
+            let outputs = outputs.by_ref().take(self.num_outputs).map(buffer).collect::<Result<_>>()?;
+            Ok(Execution { outputs, done: event(done)? })
+        };
+        events.into_iter().map(execution).collect()
     }
 
     /// Unloads the program; as dropping it does, but errors are reported. Executions in flight run to their end.

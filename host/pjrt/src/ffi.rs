@@ -131,12 +131,15 @@ pub struct Call<'a> {
 pub struct CallBuffer<'a> {
     /// Numbered as XLA's `PrimitiveType`, not as PJRT's element types.
     pub element_type: i32,
+    /// Its shape.
     pub dims: &'a [i64],
+    /// The first element of a dense array (last dimension contiguous).
     pub data: *mut u8,
     _call: PhantomData<&'a ()>,
 }
 
 impl<'a> Call<'a> {
+    /// The buffer of an argument, only to be read.
     pub fn arg(&self, index: usize) -> Option<CallBuffer<'a>> {
         view(self.args, index)
     }
@@ -260,9 +263,11 @@ pub(crate) unsafe fn register(
 ) -> Result<()> {
     // SAFETY: the extension lives as long as the plugin.
     let is_long_enough = unsafe { extension.as_ref() }.struct_size >= size_of::<FfiExtension>();
+    if !is_long_enough {
+        return Err(PjrtError::Unsupported { function: REGISTER });
+    }
     // SAFETY: it was just found to reach to this slot.
-    let slot =
-        if is_long_enough { unsafe { extension.cast::<FfiExtension>().as_ref() }.register_handler } else { None };
+    let slot = unsafe { extension.cast::<FfiExtension>().as_ref() }.register_handler;
     let register = slot.ok_or(PjrtError::Unsupported { function: REGISTER })?;
     let mut args = RegisterArgs {
         struct_size: size_of::<RegisterArgs>(),

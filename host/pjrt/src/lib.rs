@@ -48,3 +48,15 @@ pub use execute::{ExecuteOptions, Execution, LoadedExecutable};
 pub use plugin::{Plugin, prepare_libtpu_environment};
 pub use topology::{DeviceDescription, Topology};
 pub use value::OptionValue;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn everything_can_be_shared_between_threads() {
+        fn shared<T: Send + Sync>() {}
+        shared::<(Plugin, Client, Device, Buffer, HostCopy, Event)>();
+        shared::<(LoadedExecutable, Executable, Topology, AlignedBytes, PjrtError)>();
+    }
+}

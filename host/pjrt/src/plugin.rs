@@ -43,7 +43,7 @@ impl Plugin {
     /// A plugin runs native code with all rights of this process: load only what you trust.
     pub fn load(path: impl AsRef<Path>) -> Result<Arc<Self>> {
         let path = path.as_ref();
-        let path = path.canonicalize().map_err(|source| PjrtError::PluginMissing { path: path.to_owned(), source })?;
+        let path = path.canonicalize().map_err(|reason| PjrtError::PluginMissing { path: path.to_owned(), reason })?;
         let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(plugin) = loaded.iter().find(|plugin| plugin.path == path) {
             return Ok(Arc::clone(plugin));
@@ -62,8 +62,8 @@ impl Plugin {
     fn start(api: Api, path: PathBuf) -> Result<Self> {
         let mut initialize = args!(PJRT_Plugin_Initialize_Args {});
         // SAFETY: no pointers go in; `load` sees to it that this happens once for each table.
-        if let Err(source) = unsafe { api.call(&mut initialize) } {
-            return Err(PjrtError::InitializeFailed { path, source: Box::new(source) });
+        if let Err(reason) = unsafe { api.call(&mut initialize) } {
+            return Err(PjrtError::InitializeFailed { path, reason: Box::new(reason) });
         }
         let mut attributes = args!(PJRT_Plugin_Attributes_Args {});
         // SAFETY: no pointers go in; the attributes that come out live as long as the process.
@@ -101,7 +101,8 @@ impl Plugin {
     /// CPUs), for this plugin and the rest of the process: XLA has no way to take it back.
     ///
     /// Registering the same handler again is fine; another one under the same name is refused. The plugin calls the
-    /// handler at once to ask which FFI version it was built for, so a handler must not use PJRT.
+    /// handler at once to ask which FFI version it was built for, so a handler must not use PJRT. One that does not
+    /// answer is dropped without a word, and compiling a program that calls it fails.
     ///
     /// # Safety
     /// The handler answers metadata queries, treats call frames as XLA's FFI header says, never unwinds, may be called
@@ -132,8 +133,8 @@ impl fmt::Debug for Plugin {
 }
 
 /// Sets what libtpu reads from the environment when it is loaded on a machine without TPUs, to compile for a topology:
-/// it must not ask the cloud's metadata server which machine this is (that takes minutes to fail), and several
-/// processes may use it at once. Values that are already set are kept.
+/// it must not ask the cloud's metadata server which machine this is (`TPU_SKIP_MDS_QUERY`), and several processes may
+/// use it at once (`ALLOW_MULTIPLE_LIBTPU_LOAD`). Values that are already set are kept.
 ///
 /// # Safety
 /// No other thread reads or writes the environment meanwhile, in Rust or in C: call it first thing in `main`.

@@ -117,10 +117,12 @@ impl Topology {
         &self.platform_name
     }
 
+    /// The platform in words for people, such as the version of libtpu.
     pub fn platform_version(&self) -> &str {
         &self.platform_version
     }
 
+    /// All its devices, in the order of the plugin.
     pub fn devices(&self) -> &[DeviceDescription] {
         &self.devices
     }

@@ -85,6 +85,41 @@ fn donated_arguments_are_updated_in_place_and_deleted() {
 }
 
 #[test]
+fn donated_arguments_may_still_be_on_their_way() {
+    for plugin in cpu_plugins() {
+        let client = cpu_client(&plugin, 1);
+        let executable = client.compile(UPDATE_IN_PLACE, &CompileOptions::default()).unwrap();
+        let mut state = f32_buffer(&client, &X);
+        let step = f32_buffer(&client, &Y);
+        for _ in 0..100 {
+            state = executable.execute(&[&state, &step]).unwrap().outputs.remove(0);
+        }
+        assert_eq!(read_f32(&state), [1001.0, 2002.0, 3003.0, 4004.0]);
+    }
+}
+
+#[test]
+fn threads_share_clients_and_programs() {
+    for plugin in cpu_plugins() {
+        let client = cpu_client(&plugin, 1);
+        let executable = client.compile(MULTIPLY_ADD, &CompileOptions::default()).unwrap();
+        let y = f32_buffer(&client, &Y);
+        std::thread::scope(|scope| {
+            for thread in 0..4 {
+                let (client, executable, y) = (&client, &executable, &y);
+                scope.spawn(move || {
+                    for round in 0..25 {
+                        let x = (thread * 25 + round) as f32;
+                        let result = executable.execute(&[&f32_buffer(client, &[x; 4]), y]).unwrap();
+                        assert_eq!(read_f32(&result.outputs[0]), Y.map(|y| x * y + x));
+                    }
+                });
+            }
+        });
+    }
+}
+
+#[test]
 fn arguments_can_be_exempt_from_donation() {
     for plugin in cpu_plugins() {
         let client = cpu_client(&plugin, 1);
