@@ -110,10 +110,6 @@ impl Checkpoint {
         &self.files[entry.file][entry.range.clone()]
     }
 
-    pub(crate) fn prefetch(&self, entry: &TensorEntry) {
-        self.files[entry.file].prefetch(entry.range.clone());
-    }
-
     /// `config.json`; a GGUF file has none (its metadata stands for it).
     pub fn config(&self) -> Option<&Value> {
         match &self.kind {

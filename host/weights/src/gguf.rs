@@ -102,7 +102,7 @@ struct Listed {
 }
 
 fn parse_tensor(cursor: &mut Cursor<'_>, alignment: u64) -> Result<Listed, Fault> {
-    let name = cursor.string(MAX_TENSOR_NAME_BYTES, "a tensor name")?.to_owned();
+    let name = cursor.string(MAX_TENSOR_NAME_BYTES, "a tensor name")?;
     let fault = |reason: String| format!("tensor '{name}': {reason}");
     let dims = cursor.u32()?;
     if dims > MAX_DIMS {

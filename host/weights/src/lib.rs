@@ -14,8 +14,8 @@
 //! - Files are never trusted: a damaged header is an error, never a panic, and never an allocation that a number in the
 //!   file alone decides.
 //! - Nothing is silently zero: a weight is put only after each of its elements was written.
-//! - Beside the mapped files, memory holds the weights being assembled (at most [`WEIGHTS_IN_FLIGHT`]) and no second
-//!   copy of the model.
+//! - Beside the mapped files, memory holds the weights being assembled (at most [`WEIGHTS_IN_FLIGHT`]; one that is
+//!   transposed once more, in f32) and no second copy of the model.
 //!
 //! Files are memory-mapped. Whoever truncates one while it is being loaded ends the process with SIGBUS; downloads
 //! replace files by renaming, which is safe.

@@ -54,9 +54,10 @@ impl LoadPlan<'_> {
                 if in_flight.len() == WEIGHTS_IN_FLIGHT {
                     hand_over(&mut in_flight, sink)?;
                 }
-                weight.sources.iter().for_each(|source| self.checkpoint.prefetch(&source.entry));
                 let bytes = reserve(sink, weight)?;
-                in_flight.push_back((weight, scope.spawn(|| assemble(self.checkpoint, weight, bytes, progress))));
+                let assembly = move || assemble(self.checkpoint, weight, bytes, progress);
+                let started = thread::Builder::new().name("weights".to_owned()).spawn_scoped(scope, assembly);
+                in_flight.push_back((weight, started.map_err(|source| out_of_memory(weight, source))?));
             }
             while !in_flight.is_empty() {
                 hand_over(&mut in_flight, sink)?;
@@ -83,13 +84,18 @@ fn hand_over(
 }
 
 fn reserve(sink: &mut dyn WeightSink, weight: &PlannedWeight) -> Result<AlignedBytes, WeightsError> {
-    let bytes = weight.bytes();
-    let failed = |source| WeightsError::OutOfMemory { weight: weight.name.clone(), bytes: bytes as u64, source };
-    let memory = sink.reserve(weight).map_err(failed)?;
-    if memory.len() != bytes {
-        return Err(failed(io::Error::other(format!("the sink reserved {} bytes", memory.len()))));
+    match sink.reserve(weight) {
+        Ok(memory) if memory.len() == weight.bytes() => Ok(memory),
+        Ok(memory) => {
+            let source = io::Error::other(format!("the sink reserved {} bytes", memory.len()));
+            Err(out_of_memory(weight, source))
+        }
+        Err(source) => Err(out_of_memory(weight, source)),
     }
-    Ok(memory)
+}
+
+fn out_of_memory(weight: &PlannedWeight, source: io::Error) -> WeightsError {
+    WeightsError::OutOfMemory { weight: weight.name.clone(), bytes: weight.bytes() as u64, source }
 }
 
 /// Fills `bytes` with the weight's sources, one after the other along the first axis.

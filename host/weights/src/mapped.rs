@@ -2,11 +2,11 @@
 
 use std::{
     fs::File,
-    ops::{Deref, Range},
+    ops::Deref,
     path::{Path, PathBuf},
 };
 
-use memmap2::{Advice, Mmap};
+use memmap2::Mmap;
 
 use crate::WeightsError;
 
@@ -26,8 +26,8 @@ impl MappedFile {
         let bytes = match file.metadata().map_err(io)?.len() {
             0 => None,
             // SAFETY: the mapping is private and read-only. What remains is that another process changes the file
-            // meanwhile: then its numbers are wrong (bytes are only ever read as numbers that may take any value, and
-            // the headers are parsed into owned data first), or, when truncated, the process ends, as documented.
+            // meanwhile: then its numbers are wrong (bytes are only read as numbers that may take any value; texts are
+            // copied before they are checked), or, when truncated, the process ends, as documented.
             _ => Some(unsafe { Mmap::map(&file) }.map_err(io)?),
         };
         Ok(Self { path: path.to_owned(), bytes })
@@ -35,15 +35,6 @@ impl MappedFile {
 
     pub fn path(&self) -> &Path {
         &self.path
-    }
-
-    /// Asks the system to read these bytes soon. It may refuse, which changes nothing but the speed.
-    pub fn prefetch(&self, range: Range<usize>) {
-        if let Some(map) = &self.bytes
-            && let Err(error) = map.advise_range(Advice::WillNeed, range.start, range.len())
-        {
-            tracing::debug!(path = %self.path.display(), %error, "no read-ahead");
-        }
     }
 
     pub fn damaged(&self, reason: impl Into<String>) -> WeightsError {

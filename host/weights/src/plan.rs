@@ -198,12 +198,13 @@ impl<'a> Planner<'a, '_> {
 
 /// The shape of tensors joined along the first axis; `None` if their other axes differ.
 fn concatenated(shapes: &[Vec<u64>]) -> Option<Vec<u64>> {
-    let (first, rest) = shapes.split_first()?;
-    rest.iter().try_fold(first.clone(), |mut joined, shape| {
-        let same = !joined.is_empty() && !shape.is_empty() && joined[1..] == shape[1..];
-        joined.first_mut().filter(|_| same).and_then(|rows| Some(*rows = rows.checked_add(shape[0])?))?;
-        Some(joined)
-    })
+    if let [scalar_or_whole] = shapes {
+        return Some(scalar_or_whole.clone());
+    }
+    let (_, row) = shapes.first()?.split_first()?;
+    let rows_of = |shape: &Vec<u64>| shape.split_first().filter(|(_, other)| *other == row).map(|(rows, _)| *rows);
+    let rows = shapes.iter().try_fold(0u64, |sum, shape| sum.checked_add(rows_of(shape)?))?;
+    Some([&[rows], row].concat())
 }
 
 /// A pattern is a name, or the start of names followed by `*`.

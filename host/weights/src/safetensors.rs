@@ -58,8 +58,10 @@ fn parse_bytes(file: &[u8]) -> Result<Vec<SafetensorsInfo>, String> {
         return Err(format!("its header claims {header_len} bytes, of {} after the length", rest.len()));
     }
     let (header, data) = rest.split_at(header_len as usize);
-    let header: UniqueKeys<HeaderEntry> = serde_json::from_slice(header).map_err(|error| format!("header: {error}"))?;
-    let data_start = file.len() - data.len();
+    // A copy, because the file may change under the mapping.
+    let header = header.to_vec();
+    let header: UniqueKeys<HeaderEntry> =
+        serde_json::from_slice(&header).map_err(|error| format!("header: {error}"))?;
     let tensors = header.0.into_iter().filter_map(|(name, entry)| match entry {
         HeaderEntry::Tensor(tensor) => Some(locate(name, tensor, data_start, data.len() as u64)),
         HeaderEntry::Metadata => None,

@@ -3,6 +3,8 @@
 //!
 //! A binary of its own, because it watches all allocations.
 
+#![cfg(test)]
+
 use std::{
     alloc::{GlobalAlloc, Layout, System},
     fs,

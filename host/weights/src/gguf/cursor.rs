@@ -68,13 +68,14 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    pub fn string(&mut self, max_bytes: usize, what: &str) -> Result<&'a str, Fault> {
+    /// Copied before it is checked, because the file may change under the mapping.
+    pub fn string(&mut self, max_bytes: usize, what: &str) -> Result<String, Fault> {
         let len = self.count(&format!("bytes of {what}"), max_bytes as u64)? as usize;
         let at = self.position;
-        std::str::from_utf8(self.take(len)?).map_err(|_| format!("{what} at byte {at} is not UTF-8"))
+        String::from_utf8(self.take(len)?.to_vec()).map_err(|_| format!("{what} at byte {at} is not UTF-8"))
     }
 
     pub fn value_string(&mut self) -> Result<String, Fault> {
-        Ok(self.string(MAX_STRING_BYTES, "a string")?.to_owned())
+        self.string(MAX_STRING_BYTES, "a string")
     }
 }

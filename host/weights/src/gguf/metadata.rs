@@ -86,7 +86,7 @@ impl GgufMetadata {
         let mut metadata = BTreeMap::new();
         let mut parser = Parser { cursor, elements_left: MAX_ARRAY_ELEMENTS };
         for _ in 0..entries {
-            let key = parser.cursor.string(MAX_KEY_BYTES, "a metadata key")?.to_owned();
+            let key = parser.cursor.string(MAX_KEY_BYTES, "a metadata key")?;
             let value = parser.value().map_err(|fault| format!("metadata '{key}': {fault}"))?;
             let repeated = format!("metadata '{key}' is given twice");
             if metadata.insert(key, value).is_some() {
