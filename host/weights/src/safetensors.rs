@@ -62,6 +62,7 @@ fn parse_bytes(file: &[u8]) -> Result<Vec<SafetensorsInfo>, String> {
     let header = header.to_vec();
     let header: UniqueKeys<HeaderEntry> =
         serde_json::from_slice(&header).map_err(|error| format!("header: {error}"))?;
+    let data_start = file.len() - data.len();
     let tensors = header.0.into_iter().filter_map(|(name, entry)| match entry {
         HeaderEntry::Tensor(tensor) => Some(locate(name, tensor, data_start, data.len() as u64)),
         HeaderEntry::Metadata => None,
