@@ -1,1 +1,94 @@
-//! The 'torus' binary: command line, configuration, wiring
+//! The `torus` binary: reads the command line, finds what the server needs on this machine, and wires the parts.
+//!
+//! Deliberately absent: everything that another crate can know. What is decided here is which files and limits a server
+//! runs with.
+//!
+//! Invariants:
+//! - An option is served or refused with a sentence that names it; none is ignored.
+//! - Environment variables are set before the first thread starts, and only here.
+//! - No code from a model's folder is ever run. Plugins are loaded from where the operator put them, and nowhere else.
+
+mod args;
+mod cache_dir;
+mod check_env;
+mod limits;
+mod logging;
+mod plugins;
+mod version;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+// Plugins that are linked in register themselves; naming their crates keeps the linker from leaving them out.
+use torus_attention_native as _;
+use torus_model_llama as _;
+
+use crate::{
+    args::{Cli, Command, EngineArgs, refuse},
+    limits::Limits,
+};
+
+/// Runs the command line of this process.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => match refuse::explain(&error) {
+            Some(refused) => return usage_error(&refused),
+            None => error.exit(),
+        },
+    };
+    let limits = Limits::of_process();
+    if let Some(args) = cli.command.engine_args() {
+        if let Err(refused) = refuse::check(args) {
+            return usage_error(&refused);
+        }
+    }
+    let threads = cli.command.engine_args().and_then(|args| args.device.threads);
+    bound_pjrt_threads(threads.unwrap_or_else(|| limits.cpus()));
+    match run(cli.command, &limits) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command, limits: &Limits) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Serve(_) | Command::Generate(_) => Ok(ExitCode::FAILURE),
+        Command::Plugins(command) => plugins::run(&command),
+        Command::CheckEnv(args) => check_env::run(&args, limits),
+        Command::Bench(bench) => torus_bench::run(bench).map(|()| ExitCode::SUCCESS),
+        Command::Version => {
+            println!("{}", version::describe());
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+fn usage_error(refused: &refuse::Refused) -> ExitCode {
+    const USAGE: u8 = 2;
+    eprintln!("error: {refused}");
+    ExitCode::from(USAGE)
+}
+
+/// Bounds XLA's thread pool on a CPU, which is as large as the machine otherwise. An operator's own value stays.
+fn bound_pjrt_threads(threads: usize) {
+    const VARIABLE: &str = "PJRT_NPROC";
+    if std::env::var_os(VARIABLE).is_none() {
+        // SAFETY: this process has no other thread yet: it is called from `main` before anything starts one.
+        unsafe { std::env::set_var(VARIABLE, threads.to_string()) };
+    }
+}
+
+impl Command {
+    fn engine_args(&self) -> Option<&EngineArgs> {
+        match self {
+            Command::Serve(args) => Some(&args.engine),
+            Command::Generate(args) => Some(&args.engine),
+            _ => None,
+        }
+    }
+}

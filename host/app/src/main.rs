@@ -1,1 +1,5 @@
-fn main() {}
+//! The `torus` binary.
+
+fn main() -> std::process::ExitCode {
+    torus_app::main()
+}

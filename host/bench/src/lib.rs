@@ -32,7 +32,7 @@ pub enum Bench {
     /// Send many requests to a running server and report throughput and latencies.
     Serving(Box<ServingArgs>),
     /// Time one batch of equal requests at a time, against a running server or one started for it.
-    OneBatch(OneBatchArgs),
+    OneBatch(Box<OneBatchArgs>),
 }
 
 /// Runs a bench to its end.

@@ -1,0 +1,95 @@
+//! The command line.
+//!
+//! Options have the names that operators of SGLang know. One whose feature does not exist yet is refused with a
+//! sentence that says so ([`refuse`]), never ignored.
+
+mod engine;
+mod generate;
+pub mod refuse;
+mod serve;
+mod values;
+
+pub use engine::{DeviceArgs, EngineArgs, PluginArgs};
+pub use generate::GenerateArgs;
+pub use serve::{HttpArgs, ServeArgs};
+pub use values::{Device, Dtype, LogArgs, LogFormat, LogLevel, Policy};
+
+use std::path::PathBuf;
+
+/// Serves large language models on TPUs, CPUs and GPUs
+#[derive(Debug, clap::Parser)]
+#[command(name = "torus", version, max_term_width = 120, disable_help_subcommand = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, clap::Subcommand)]
+pub enum Command {
+    /// Serve a model over HTTP
+    Serve(Box<ServeArgs>),
+    /// Load a model and continue one prompt
+    Generate(Box<GenerateArgs>),
+    /// List plugins, or check one
+    #[command(subcommand)]
+    Plugins(PluginsCommand),
+    /// Say what this machine offers, and what to do where something is missing
+    CheckEnv(CheckEnvArgs),
+    /// Measure a server
+    #[command(subcommand)]
+    Bench(torus_bench::Bench),
+    /// Print versions
+    Version,
+}
+
+#[derive(Debug, clap::Subcommand)]
+pub enum PluginsCommand {
+    /// List the plugins a server would have, and where each comes from
+    Ls(PluginsLsArgs),
+    /// Load a plugin file, ask it what the server would ask, and say what does not fit
+    Check(PluginsCheckArgs),
+}
+
+#[derive(Debug, clap::Args)]
+pub struct PluginsLsArgs {
+    #[command(flatten)]
+    pub plugins: PluginArgs,
+    /// Folder for copies of plugins
+    #[arg(long, value_name = "FOLDER", env = "TORUS_CACHE", hide_env_values = true)]
+    pub cache_dir: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub struct PluginsCheckArgs {
+    /// The plugin's shared library
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+    /// Library that drives the CPU, to compile and run what an attention plugin emits
+    #[arg(long, value_name = "FILE", env = "TORUS_PJRT_PLUGIN", hide_env_values = true)]
+    pub pjrt_plugin: Option<PathBuf>,
+    /// Folder for copies of plugins
+    #[arg(long, value_name = "FOLDER", env = "TORUS_CACHE", hide_env_values = true)]
+    pub cache_dir: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub struct CheckEnvArgs {
+    /// Library that drives the CPU
+    #[arg(long, value_name = "FILE", env = "TORUS_PJRT_PLUGIN", hide_env_values = true)]
+    pub pjrt_plugin: Option<PathBuf>,
+    /// Folder for everything that Torus keeps
+    #[arg(long, value_name = "FOLDER", env = "TORUS_CACHE", hide_env_values = true)]
+    pub cache_dir: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[cfg(test)]
+mod tests;

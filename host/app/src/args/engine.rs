@@ -1,0 +1,174 @@
+//! Options of everything that runs a model: `serve` and `generate`.
+
+use std::{path::PathBuf, time::Duration};
+
+use super::values::{ChunkSize, Device, Dtype, Policy, chunk_size, fraction, positive, seconds};
+
+#[derive(Clone, Debug, clap::Args)]
+pub struct EngineArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    pub device: DeviceArgs,
+    #[command(flatten)]
+    pub schedule: ScheduleArgs,
+    #[command(flatten)]
+    pub plugins: PluginArgs,
+    #[command(flatten)]
+    pub parallel: ParallelArgs,
+    #[command(flatten)]
+    pub speculative: SpeculativeArgs,
+}
+
+#[derive(Clone, Debug, clap::Args)]
+#[command(next_help_heading = "Model")]
+pub struct ModelArgs {
+    /// A folder with a Hugging Face checkpoint, a .gguf file, or the id of a model on the hub
+    #[arg(long, alias = "model", value_name = "PATH")]
+    pub model_path: String,
+    /// Folder or file of the tokenizer, if it is not the model's
+    #[arg(long, value_name = "PATH")]
+    pub tokenizer_path: Option<PathBuf>,
+    /// Longest prompt and output together [default: the model's, as far as memory holds it]
+    #[arg(long, value_name = "TOKENS", value_parser = positive)]
+    pub context_length: Option<usize>,
+    /// Dtype of activations, and of weights that are not kept quantized
+    #[arg(long, value_name = "DTYPE", default_value = "auto")]
+    pub dtype: Dtype,
+    /// Branch, tag or commit of a model on the hub [default: main]
+    #[arg(long, value_name = "NAME")]
+    pub revision: Option<String>,
+    /// Where models from the hub are kept [default: as HF_HOME says]
+    #[arg(long, value_name = "FOLDER")]
+    pub download_dir: Option<PathBuf>,
+    /// Accepted and without effect: code in a model's folder is never run, whatever this says
+    #[arg(long)]
+    pub trust_remote_code: bool,
+    /// Jinja file with the chat template, instead of the model's own
+    #[arg(long, value_name = "FILE")]
+    pub chat_template: Option<PathBuf>,
+}
+
+#[derive(Clone, Debug, clap::Args)]
+#[command(next_help_heading = "Device")]
+pub struct DeviceArgs {
+    /// What computes
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    pub device: Device,
+    /// Library that drives the device [default: for a TPU $TPU_LIBRARY_PATH, else the one in the cache folder]
+    #[arg(long, value_name = "FILE", env = "TORUS_PJRT_PLUGIN", hide_env_values = true)]
+    pub pjrt_plugin: Option<PathBuf>,
+    /// Folder for compiled programs, PJRT plugins and copies of plugins [default: 'torus' in the user's cache folder]
+    #[arg(long, value_name = "FOLDER", env = "TORUS_CACHE", hide_env_values = true)]
+    pub cache_dir: Option<PathBuf>,
+    /// Threads that compute on a CPU [default: as CPU affinity and the cgroup allow]
+    #[arg(long, value_name = "N", value_parser = positive)]
+    pub threads: Option<usize>,
+}
+
+#[derive(Clone, Debug, clap::Args)]
+#[command(next_help_heading = "Memory and scheduling")]
+pub struct ScheduleArgs {
+    /// Share of the device's memory for weights and KV [default: on a CPU, KV takes the smaller of 4 GiB and a quarter
+    /// of what is left]
+    #[arg(long, value_name = "0..1", value_parser = fraction)]
+    pub mem_fraction_static: Option<f64>,
+    /// Tokens whose KV is kept at most [default: as memory allows]
+    #[arg(long, value_name = "TOKENS", value_parser = positive)]
+    pub max_total_tokens: Option<usize>,
+    /// Requests that run at once at most [default: 64 on a CPU, else 256]
+    #[arg(long, value_name = "N", value_parser = positive)]
+    pub max_running_requests: Option<usize>,
+    /// Requests that wait at most; more are answered with status 429
+    #[arg(long, value_name = "N", default_value_t = 1024)]
+    pub max_queued_requests: usize,
+    /// Prompt tokens computed in one step at most
+    #[arg(long, value_name = "TOKENS", default_value_t = 16384, value_parser = positive)]
+    pub max_prefill_tokens: usize,
+    /// Tokens computed in one step at most: longer prompts are computed in chunks, and running requests go first. -1
+    /// leaves only --max-prefill-tokens [default: 512 on a CPU, else 2048]
+    #[arg(long, value_name = "TOKENS", allow_negative_numbers = true, value_parser = chunk_size)]
+    pub chunked_prefill_size: Option<ChunkSize>,
+    /// Accepted and always on: a step computes prompts and running requests together
+    #[arg(long)]
+    pub enable_mixed_chunk: bool,
+    /// Tokens in a page of KV [default: 16 on a CPU, 128 on a TPU]
+    #[arg(long, value_name = "TOKENS", value_parser = positive)]
+    pub page_size: Option<usize>,
+    /// Which waiting request goes first
+    #[arg(long, value_name = "POLICY", default_value = "fcfs")]
+    pub schedule_policy: Policy,
+    /// Prepare a step only when the one before is done
+    #[arg(long)]
+    pub disable_overlap_schedule: bool,
+    /// Do not reuse the KV of prompts that begin alike
+    #[arg(long)]
+    pub disable_radix_cache: bool,
+    /// Seed of requests that bring none
+    #[arg(long, value_name = "N", default_value_t = 42)]
+    pub random_seed: u64,
+    /// Seconds after which a step counts as hung: it is reported, and /health answers 503
+    #[arg(long, value_name = "SECONDS", default_value = "300", value_parser = seconds)]
+    pub watchdog_timeout: Duration,
+}
+
+#[derive(Clone, Debug, clap::Args)]
+#[command(next_help_heading = "Plugins")]
+pub struct PluginArgs {
+    /// Attention plugin: 'native', 'auto' for the one that fits best, or the name of another that is loaded
+    #[arg(long, value_name = "NAME", default_value = "auto")]
+    pub attention_backend: String,
+    /// Plugin to load, beside those in the folders of TORUS_PLUGIN_PATH and in 'plugins' beside this program; may be
+    /// given several times
+    #[arg(long = "plugin", value_name = "FILE")]
+    pub files: Vec<PathBuf>,
+    /// Use only plugins loaded from files, not those built in
+    #[arg(long)]
+    pub no_linked_plugins: bool,
+}
+
+#[derive(Clone, Debug, clap::Args)]
+#[command(next_help_heading = "Several devices (not supported yet: refused)")]
+pub struct ParallelArgs {
+    /// Devices that share a model; only 1 for now
+    #[arg(long, alias = "tensor-parallel-size", alias = "tp", value_name = "N", default_value_t = 1)]
+    pub tp_size: usize,
+    /// Machines that share a model; only 1 for now
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub nnodes: usize,
+    /// This machine's number among them; only 0 for now
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub node_rank: usize,
+    /// Address at which they meet
+    #[arg(long, value_name = "HOST:PORT")]
+    pub dist_init_addr: Option<String>,
+}
+
+#[derive(Clone, Debug, clap::Args)]
+#[command(next_help_heading = "Speculative decoding (not supported yet: refused)")]
+pub struct SpeculativeArgs {
+    /// How tokens are drafted
+    #[arg(long, value_name = "NAME")]
+    pub speculative_algorithm: Option<String>,
+    /// Model that drafts
+    #[arg(long, alias = "speculative-draft-model", value_name = "PATH")]
+    pub speculative_draft_model_path: Option<String>,
+    /// Its branch, tag or commit
+    #[arg(long, value_name = "NAME")]
+    pub speculative_draft_model_revision: Option<String>,
+    /// Draft steps for each verification
+    #[arg(long, value_name = "N")]
+    pub speculative_num_steps: Option<String>,
+    /// Branches at each draft step
+    #[arg(long, value_name = "N")]
+    pub speculative_eagle_topk: Option<String>,
+    /// Tokens verified at once
+    #[arg(long, value_name = "N")]
+    pub speculative_num_draft_tokens: Option<String>,
+    /// Probability from which a draft is accepted
+    #[arg(long, value_name = "P")]
+    pub speculative_accept_threshold_single: Option<String>,
+    /// Divisor of the accumulated probability
+    #[arg(long, value_name = "P")]
+    pub speculative_accept_threshold_acc: Option<String>,
+}

@@ -1,0 +1,43 @@
+//! Checks of a model plugin that need no model: what it claims, and that it refuses what is none.
+
+use std::collections::BTreeMap;
+
+use serde_json::json;
+use torus_abi::{
+    fault::FaultCode,
+    model::{GgufQuery, ModelOptions},
+};
+use torus_plugins::{CallError, ModelInterface, Plugin};
+
+use super::Findings;
+
+pub fn check(plugin: &Plugin, model: &ModelInterface, findings: &mut Findings) {
+    let manifest = &plugin.manifest;
+    if manifest.architectures.is_empty() && manifest.gguf_architectures.is_empty() {
+        findings.failed("architectures", "it names none, so no checkpoint leads to it");
+    } else {
+        let names: Vec<_> = manifest.architectures.iter().chain(&manifest.gguf_architectures).cloned().collect();
+        findings.passed("architectures", names.join(", "));
+    }
+    for architecture in &manifest.architectures {
+        let config = json!({"architectures": [architecture]});
+        let opened = model.open(&ModelOptions { config, parallel: Default::default() });
+        refusal(&format!("open of a config with nothing but '{architecture}'"), opened.map(|_| ()), findings);
+    }
+    for architecture in &manifest.gguf_architectures {
+        let metadata = BTreeMap::from([("general.architecture".to_owned(), json!(architecture))]);
+        let answer = model.from_gguf(&GgufQuery { metadata, tensors: BTreeMap::new() });
+        refusal(&format!("from_gguf of a file with nothing but '{architecture}'"), answer.map(|_| ()), findings);
+    }
+}
+
+/// A refusal must say why, in words of the plugin; a panic or a malformed answer is its author's mistake.
+fn refusal(check: &str, outcome: Result<(), CallError>, findings: &mut Findings) {
+    match outcome {
+        Ok(()) => findings.failed(check, "it is accepted, though sizes are missing"),
+        Err(CallError::Fault { fault, .. }) if fault.code != FaultCode::Internal && !fault.message.is_empty() => {
+            findings.passed(check, format_args!("refused: {fault}"));
+        }
+        Err(error) => findings.failed(check, error),
+    }
+}
