@@ -120,6 +120,11 @@ impl PrefixCache {
         Inserted { node, taken_from: rest }
     }
 
+    /// The pages on the way to a node, in order.
+    pub fn path(&self, node: NodeId) -> Vec<PageId> {
+        self.tree.path_pages(node)
+    }
+
     /// Lends `count` pages, evicting as many as are missing; `None` if there are not enough.
     pub fn allocate(&mut self, count: usize) -> Option<Vec<PageId>> {
         if self.available() < count {

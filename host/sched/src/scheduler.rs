@@ -1,0 +1,337 @@
+//! Choosing what a step computes.
+
+use std::collections::{HashMap, VecDeque};
+
+use torus_cache::{PageId, PrefixCache};
+
+use crate::{
+    AdmitError, Batch, BatchId, Config, Ended, Request, RequestId, Row, Stats,
+    sequence::{Leaving, Sequence},
+};
+
+/// A step that has been scheduled and is not complete.
+#[derive(Debug)]
+pub(crate) struct Flight {
+    pub id: BatchId,
+    pub rows: Vec<FlightRow>,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct FlightRow {
+    pub request: RequestId,
+    pub start: usize,
+    pub end: usize,
+}
+
+/// Continuous batching over a pool of pages.
+#[derive(Debug)]
+pub struct Scheduler {
+    pub(crate) config: Config,
+    pub(crate) cache: PrefixCache,
+    pub(crate) sequences: HashMap<RequestId, Sequence>,
+    pub(crate) queue: VecDeque<RequestId>,
+    /// Sequences with a slot, in the order of their admission.
+    pub(crate) running: Vec<RequestId>,
+    pub(crate) free_slots: Vec<u32>,
+    pub(crate) in_flight: VecDeque<Flight>,
+    /// After a failure: groups that run by themselves until the step that failed has succeeded.
+    pub(crate) trials: VecDeque<Vec<RequestId>>,
+    pub(crate) ended: Vec<(RequestId, Ended)>,
+    pub(crate) step: u64,
+    /// Share of the tokens they may still generate for which running sequences reserve pages.
+    pub(crate) reserved_share: f64,
+    pub(crate) last_was_prefill: bool,
+    pub(crate) counters: Counters,
+    /// For tests: a bug to plant.
+    #[cfg(test)]
+    pub(crate) planted: crate::sim::Planted,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Counters {
+    pub prompt_tokens: u64,
+    pub cached_tokens: u64,
+    pub retractions: u64,
+}
+
+/// A step being put together.
+pub(crate) struct Plan {
+    pub rows: Vec<Row>,
+    pub budget: usize,
+    pub prefill_budget: usize,
+}
+
+impl Plan {
+    fn tokens(&self) -> usize {
+        self.rows.iter().map(|row| row.len).sum()
+    }
+
+    pub fn has(&self, id: RequestId) -> bool {
+        self.rows.iter().any(|row| row.request == id)
+    }
+}
+
+impl Scheduler {
+    pub fn new(config: Config) -> Self {
+        let cache = PrefixCache::new(config.pages, config.page_size, config.prefix_cache);
+        Self {
+            cache,
+            sequences: HashMap::new(),
+            queue: VecDeque::new(),
+            running: Vec::new(),
+            free_slots: (0..config.max_running as u32).rev().collect(),
+            in_flight: VecDeque::new(),
+            trials: VecDeque::new(),
+            ended: Vec::new(),
+            step: 0,
+            reserved_share: crate::admit::RESERVED_SHARE_MAX,
+            last_was_prefill: false,
+            counters: Counters::default(),
+            config,
+            #[cfg(test)]
+            planted: crate::sim::Planted::Nothing,
+        }
+    }
+
+    /// Takes a request into the queue.
+    pub fn submit(&mut self, request: Request) -> Result<(), AdmitError> {
+        let (tokens, capacity) = (request.prompt.len(), (self.config.pages - 1) * self.config.page_size);
+        if tokens == 0 {
+            return Err(AdmitError::EmptyPrompt);
+        }
+        if tokens > capacity {
+            return Err(AdmitError::TooLong { tokens, capacity });
+        }
+        if self.queue.len() >= self.config.max_queued {
+            return Err(AdmitError::QueueFull { queued: self.queue.len() });
+        }
+        if self.sequences.contains_key(&request.id) {
+            return Err(AdmitError::DuplicateId(request.id));
+        }
+        self.queue.push_back(request.id);
+        self.sequences.insert(request.id, Sequence::new(request));
+        Ok(())
+    }
+
+    /// The next step, if there is anything to compute and room for one more in flight.
+    pub fn schedule(&mut self) -> Option<Batch> {
+        self.end_trials();
+        let in_flight_max = if self.trials.is_empty() { self.config.in_flight_max } else { 1 };
+        if self.in_flight.len() >= in_flight_max {
+            return None;
+        }
+        self.step += 1;
+        let mut plan = Plan {
+            rows: Vec::new(),
+            budget: self.config.token_budget,
+            prefill_budget: self.config.max_prefill_tokens,
+        };
+        if self.config.mixed {
+            self.add_decodes(&mut plan);
+            self.add_prefills(&mut plan);
+        } else if self.last_was_prefill {
+            self.add_decodes(&mut plan);
+            self.last_was_prefill = plan.rows.is_empty();
+            if plan.rows.is_empty() {
+                self.add_prefills(&mut plan);
+            }
+        } else {
+            self.add_prefills(&mut plan);
+            self.last_was_prefill = !plan.rows.is_empty();
+            if plan.rows.is_empty() {
+                self.add_decodes(&mut plan);
+            }
+        }
+        if plan.rows.is_empty() {
+            return None;
+        }
+        self.decay_reserved_share();
+        let id = BatchId(self.step);
+        let flown = |row: &Row| FlightRow { request: row.request, start: row.start, end: row.start + row.len };
+        self.in_flight.push_back(Flight { id, rows: plan.rows.iter().map(flown).collect() });
+        Some(Batch { id, rows: plan.rows })
+    }
+
+    /// One token of every sequence that decodes. If there are more of them than the budget, they take turns.
+    fn add_decodes(&mut self, plan: &mut Plan) {
+        let mut order = self.running.clone();
+        if order.len() > plan.budget {
+            let turn = (self.step as usize).wrapping_mul(plan.budget) % order.len();
+            order.rotate_left(turn);
+        }
+        for id in order {
+            if plan.budget == 0 {
+                break;
+            }
+            // Retracted on the way here, or not of those on trial.
+            let Some(sequence) = self.sequences.get(&id).filter(|s| s.wants_more() && s.decodes()) else { continue };
+            if !self.is_eligible(id) {
+                continue;
+            }
+            let missing = (sequence.scheduled + 1).div_ceil(self.config.page_size) - sequence.pages.len();
+            if missing == 0 || self.take_pages(id, missing) || self.make_room(id, missing, plan) {
+                self.push_row(plan, id, 1);
+            }
+        }
+    }
+
+    /// Chunks of prompts: those begun first, then of those admitted now.
+    fn add_prefills(&mut self, plan: &mut Plan) {
+        let begun: Vec<_> = self.running.iter().copied().filter(|id| self.is_eligible(*id)).collect();
+        for id in begun {
+            let prefills = self.sequences.get(&id).is_some_and(|s| s.wants_more() && !s.decodes());
+            if prefills && !plan.has(id) {
+                self.add_chunk(plan, id);
+            }
+        }
+        self.admit(plan);
+    }
+
+    /// As much of a prompt as budget and pages allow. False if that is nothing.
+    pub(crate) fn add_chunk(&mut self, plan: &mut Plan, id: RequestId) -> bool {
+        let page_size = self.config.page_size;
+        let Some(sequence) = self.sequences.get(&id) else { return false };
+        let (scheduled, held) = (sequence.scheduled, sequence.pages.len());
+        let limited = sequence.request.step_tokens_max.filter(|_| scheduled < sequence.request.prompt.len());
+        let room = limited.map_or(plan.budget, |max| plan.budget.min(max.saturating_sub(plan.tokens())));
+        let wanted = (sequence.len() - scheduled).min(room).min(plan.prefill_budget);
+        if wanted == 0 {
+            return false;
+        }
+        // A shorter chunk is better than none.
+        let affordable = (held + self.cache.available()) * page_size - scheduled;
+        let mut len = wanted.min(affordable);
+        if len == 0 && plan.rows.is_empty() && self.in_flight.is_empty() {
+            // Nothing else goes on that would free pages.
+            if !self.make_room(id, 1, plan) {
+                return false;
+            }
+            len = wanted.min(page_size);
+        }
+        let missing = (scheduled + len).div_ceil(page_size).saturating_sub(self.held_pages(id));
+        if len == 0 || !self.take_pages(id, missing) {
+            return false;
+        }
+        self.push_row(plan, id, len);
+        plan.prefill_budget -= len;
+        if limited.is_some() {
+            plan.budget = plan.budget.min(room - len);
+        }
+        true
+    }
+
+    fn held_pages(&self, id: RequestId) -> usize {
+        self.sequences.get(&id).map_or(0, |sequence| sequence.pages.len())
+    }
+
+    /// Gives a sequence more pages, if there are any.
+    fn take_pages(&mut self, id: RequestId, count: usize) -> bool {
+        let Some(pages) = self.cache.allocate(count) else { return false };
+        if let Some(sequence) = self.sequences.get_mut(&id) {
+            sequence.private.extend(pages.iter().map(|_| true));
+            sequence.pages.extend(pages);
+        }
+        true
+    }
+
+    /// Takes pages from other sequences until this one has what it misses. False if it must wait: for steps in flight
+    /// of those that give theirs up, or because it had to give up its own.
+    fn make_room(&mut self, id: RequestId, missing: usize, plan: &Plan) -> bool {
+        loop {
+            if self.take_pages(id, missing) {
+                return true;
+            }
+            let awaited = |id: &RequestId| self.sequences.get(id).is_some_and(|s| s.leaving.is_some());
+            if self.running.iter().any(awaited) {
+                return false;
+            }
+            let Some(victim) = self.victim(plan) else { return false };
+            if victim == id && self.running.len() == 1 {
+                return self.take_last_pages(id, missing);
+            }
+            self.counters.retractions += 1;
+            self.reserve_more();
+            self.leave(victim, Leaving::Retract);
+            if victim == id {
+                return false;
+            }
+        }
+    }
+
+    /// The pages a sequence misses that has the pool to itself. If they are not there, it is too large for it.
+    fn take_last_pages(&mut self, id: RequestId, missing: usize) -> bool {
+        if self.sequences.get(&id).is_some_and(|sequence| sequence.in_flight > 0) {
+            return false;
+        }
+        // Tokens that it keeps twice, in pages of its own and in the tree, are given up now.
+        self.share_prefix(id);
+        if self.take_pages(id, missing) {
+            return true;
+        }
+        self.ended.push((id, Ended::OutOfPages));
+        self.leave(id, Leaving::End);
+        false
+    }
+
+    /// Who gives its pages up: who may not run now, then who has generated least, and of those the longest prompt.
+    fn victim(&self, plan: &Plan) -> Option<RequestId> {
+        let candidates = self.running.iter().filter(|id| !plan.has(**id));
+        let sequences = candidates.filter_map(|id| self.sequences.get(id)).filter(|s| s.leaving.is_none());
+        let key = |s: &&Sequence| {
+            let may_run = self.is_eligible(s.request.id);
+            (may_run, s.output.len(), std::cmp::Reverse((s.request.prompt.len(), s.request.id)))
+        };
+        sequences.min_by_key(key).map(|sequence| sequence.request.id)
+    }
+
+    fn push_row(&mut self, plan: &mut Plan, id: RequestId, len: usize) {
+        let Some(sequence) = self.sequences.get_mut(&id) else { return };
+        let Some(slot) = sequence.slot else { return };
+        let start = sequence.scheduled;
+        sequence.scheduled += len;
+        sequence.in_flight += 1;
+        let samples = (sequence.scheduled == sequence.len()).then_some(sequence.sampled);
+        let tokens = sequence.tokens(start, len);
+        sequence.sampled += usize::from(samples.is_some());
+        let told = std::mem::replace(&mut sequence.told_pages, sequence.pages.len());
+        let mut new_pages: Vec<(usize, PageId)> = std::mem::take(&mut sequence.replaced);
+        new_pages.extend(sequence.pages.iter().copied().enumerate().skip(told));
+        let admitted = sequence.admitted.take();
+        plan.budget -= len;
+        plan.rows.push(Row { request: id, slot, admitted, start, len, tokens, samples, new_pages });
+    }
+
+    /// Requests that ended by themselves since the last call.
+    pub fn take_ended(&mut self) -> Vec<(RequestId, Ended)> {
+        std::mem::take(&mut self.ended)
+    }
+
+    pub fn in_flight(&self) -> usize {
+        self.in_flight.len()
+    }
+
+    /// Whether nothing runs, waits or is in flight.
+    pub fn is_idle(&self) -> bool {
+        self.sequences.is_empty() && self.in_flight.is_empty()
+    }
+
+    /// Empties the prefix cache. With requests about, the answer is how many run and wait.
+    pub fn flush(&mut self) -> Result<usize, (usize, usize)> {
+        let pending = (self.running.len(), self.queue.len());
+        if !self.sequences.is_empty() {
+            return Err(pending);
+        }
+        self.cache.flush().map_err(|_| pending)
+    }
+
+    pub fn stats(&self) -> Stats {
+        Stats {
+            running: self.running.len(),
+            queued: self.queue.len(),
+            pages: self.cache.stats(),
+            prompt_tokens: self.counters.prompt_tokens,
+            cached_tokens: self.counters.cached_tokens,
+            retractions: self.counters.retractions,
+        }
+    }
+}
