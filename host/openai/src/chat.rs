@@ -303,7 +303,8 @@ mod tests {
     #[test]
     fn sampling_parameters_get_their_native_names() {
         let mut request: ChatRequest =
-            from_str(r#"{"max_completion_tokens":7,"min_tokens":2,"seed":-5,"stop":"a","logit_bias":{"3":1}}"#).unwrap();
+            from_str(r#"{"max_completion_tokens":7,"min_tokens":2,"seed":-5,"stop":"a","logit_bias":{"3":1}}"#)
+                .unwrap();
         let sampling = request.take_sampling();
         assert_eq!(sampling.max_new_tokens, Some(Some(Int(7))));
         assert_eq!(sampling.min_new_tokens, Some(Int(2)));

@@ -350,7 +350,10 @@ mod tests {
         let bench = r#"{"text":"a","sampling_params":{"temperature":0.0,"max_new_tokens":8,"ignore_eos":true},
             "stream":true,"lora_path":null,"return_logprob":false,"return_routed_experts":false,"logprob_start_len":-1}"#;
         assert_eq!(from_str::<GenerateRequest>(bench).unwrap().unsupported(), None);
-        assert_eq!(from_str::<GenerateRequest>(r#"{"input_embeds":[[1]]}"#).unwrap().unsupported(), Some("input_embeds"));
+        assert_eq!(
+            from_str::<GenerateRequest>(r#"{"input_embeds":[[1]]}"#).unwrap().unsupported(),
+            Some("input_embeds")
+        );
     }
 
     #[test]

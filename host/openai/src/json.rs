@@ -33,9 +33,8 @@ impl<'de> DeserializeSeed<'de> for Counted<'_> {
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
         let remaining = self.remaining.get().checked_sub(1);
-        self.remaining.set(remaining.ok_or_else(|| {
-            D::Error::custom(format_args!("more than {MAX_JSON_VALUES} values"))
-        })?);
+        self.remaining
+            .set(remaining.ok_or_else(|| D::Error::custom(format_args!("more than {MAX_JSON_VALUES} values")))?);
         deserializer.deserialize_any(self)
     }
 }

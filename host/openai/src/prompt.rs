@@ -218,7 +218,8 @@ mod tests {
         for (json, prompt) in cases {
             assert_eq!(from_str::<Prompt>(json).unwrap(), prompt, "{json}");
         }
-        for json in ["[1,\"a\"]", "[\"a\",1]", "[[1],2]", "[-1]", "[1,-1]", "[4294967296]", "[1.5]", "{}", "5", "null"] {
+        for json in ["[1,\"a\"]", "[\"a\",1]", "[[1],2]", "[-1]", "[1,-1]", "[4294967296]", "[1.5]", "{}", "5", "null"]
+        {
             assert!(from_str::<Prompt>(json).is_err(), "{json}");
         }
     }

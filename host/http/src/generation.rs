@@ -1,0 +1,190 @@
+//! All sequences of one request: submitted together, followed together, ended together.
+
+use std::{
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Instant,
+};
+
+use futures::{Stream, StreamExt, stream::SelectAll};
+use torus_engine::api::{GenerateRequest, LogprobOptions, ModelInfo};
+use torus_openai::{CachedTokens, Usage};
+use torus_text::DetokenizeOptions;
+
+use crate::{
+    app::{ActiveGuard, App, Model},
+    error::ApiError,
+    sampling::Sampling,
+    sequence::{Finish, Sequence, SequenceParts, Update},
+    text::{OutputText, TextOptions},
+};
+
+/// What is to be generated for one prompt.
+#[derive(Clone)]
+pub(crate) struct PromptPlan {
+    /// Ids of its `n` sequences.
+    pub sequence_ids: Vec<String>,
+    pub tokens: Arc<[u32]>,
+    pub max_new_tokens: u32,
+    pub sampling: Arc<Sampling>,
+    pub text: Arc<TextOptions>,
+    pub logprobs: LogprobOptions,
+    pub namespace: Option<Arc<str>>,
+}
+
+/// A checked request.
+pub(crate) struct Plan {
+    /// Ids under which the client can abort it, with the sequences they stand for.
+    pub request_ids: Vec<(String, Vec<String>)>,
+    pub prompts: Vec<PromptPlan>,
+    /// Updates have at least this many tokens.
+    pub tokens_per_update: usize,
+}
+
+impl TextOptions {
+    /// For the sequences of a prompt. `continues_text`: the output goes on where the prompt ends.
+    pub fn new(sampling: &Sampling, info: &ModelInfo, continues_text: bool) -> Self {
+        Self {
+            detokenize: DetokenizeOptions { skip_special_tokens: sampling.skip_special_tokens, continues_text },
+            stop: sampling.stop.clone(),
+            include_stop: sampling.include_stop,
+            min_tokens: sampling.min_new_tokens() as usize,
+            end_tokens: sampling.end_tokens(info),
+        }
+    }
+}
+
+/// Refuses more sequences than one request may have.
+pub(crate) fn check_sequences(app: &App, prompts: usize, n: usize) -> Result<(), ApiError> {
+    let limit = app.limits.sequences_per_request;
+    if prompts * n > limit {
+        let message = format!("{prompts} prompts with n={n} are more than the {limit} sequences of one request");
+        return Err(ApiError::bad_request("n", message));
+    }
+    Ok(())
+}
+
+/// The sequences of a request, as a stream of their updates. Dropping it aborts those that have not finished.
+pub(crate) struct Generation {
+    sequences: SelectAll<Sequence>,
+    _active: ActiveGuard,
+    progress: Progress,
+}
+
+impl Generation {
+    /// Hands all sequences to the engine, or none.
+    pub fn submit(app: &App, model: &Arc<Model>, plan: Plan) -> Result<Self, ApiError> {
+        if app.is_shutting_down() {
+            return Err(ApiError::unavailable("the server is shutting down"));
+        }
+        let active = app.active.register(plan.request_ids)?;
+        let deadline = app.request_timeout.map(|timeout| Instant::now() + timeout);
+        let mut sequences = SelectAll::new();
+        let mut progress = Progress::default();
+        for prompt in plan.prompts {
+            for (copy, id) in prompt.sequence_ids.iter().enumerate() {
+                let index = progress.sequences.len();
+                progress.sequences.push(SequenceProgress::default());
+                if copy == 0 {
+                    progress.first_copies.push((index, prompt.tokens.len()));
+                }
+                let text = OutputText::new(Arc::clone(&model.tokenizer), Arc::clone(&prompt.text))
+                    .map_err(|error| ApiError::from_text("stop", &error))?;
+                let is_prompt_only = prompt.max_new_tokens == 0;
+                let events = model.engine.submit(GenerateRequest {
+                    id: id.clone(),
+                    prompt: Arc::clone(&prompt.tokens),
+                    sampling: prompt.sampling.for_engine(copy, prompt.max_new_tokens.max(1)),
+                    logprobs: prompt.logprobs.clone(),
+                    namespace: prompt.namespace.clone(),
+                    deadline,
+                })?;
+                let tokens_per_update = plan.tokens_per_update;
+                let model = Arc::clone(model);
+                let parts = SequenceParts { index, model, text, is_prompt_only, tokens_per_update };
+                sequences.push(Sequence::new(parts, events));
+            }
+        }
+        Ok(Self { sequences, _active: active, progress })
+    }
+
+    /// Follows all sequences to their ends. Each result is everything of one sequence. The first error among them ends
+    /// all, unless `with_failed`.
+    pub async fn collect(&mut self, with_failed: bool) -> Result<Vec<Update>, ApiError> {
+        let mut results: Vec<Update> = vec![Update::default(); self.progress.sequences.len()];
+        while let Some(update) = self.next().await {
+            if let Some(error) = update.error().filter(|_| !with_failed) {
+                return Err(error);
+            }
+            if let Some(result) = results.get_mut(update.index) {
+                result.index = update.index;
+                result.extend(update);
+            }
+        }
+        Ok(results)
+    }
+
+    pub fn usage(&self, with_cached: bool) -> Usage {
+        self.progress.usage(with_cached)
+    }
+}
+
+impl Update {
+    /// The error that takes the place of an answer.
+    pub fn error(&self) -> Option<ApiError> {
+        match &self.finish {
+            Some(Finish::Aborted(abort)) => ApiError::from_abort(abort, self.completion_tokens > 0),
+            _ => None,
+        }
+    }
+}
+
+impl Stream for Generation {
+    type Item = Update;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context) -> Poll<Option<Update>> {
+        let update = self.sequences.poll_next_unpin(context);
+        if let Poll::Ready(Some(update)) = &update {
+            self.progress.take(update);
+        }
+        update
+    }
+}
+
+/// How far the sequences are.
+#[derive(Default)]
+struct Progress {
+    sequences: Vec<SequenceProgress>,
+    /// Index of the first sequence of each prompt, and the prompt's length. The others share its prompt.
+    first_copies: Vec<(usize, usize)>,
+}
+
+#[derive(Clone, Copy, Default)]
+struct SequenceProgress {
+    completion_tokens: usize,
+    cached_tokens: usize,
+}
+
+impl Progress {
+    fn take(&mut self, update: &Update) {
+        if let Some(sequence) = self.sequences.get_mut(update.index) {
+            sequence.completion_tokens = update.completion_tokens;
+            sequence.cached_tokens = update.cached_tokens;
+        }
+    }
+
+    /// As the reference counts: prompts once, however many sequences continue them.
+    fn usage(&self, with_cached: bool) -> Usage {
+        let prompt_tokens = self.first_copies.iter().map(|(_, tokens)| tokens).sum();
+        let completion_tokens = self.sequences.iter().map(|sequence| sequence.completion_tokens).sum();
+        let first_copies = self.first_copies.iter().filter_map(|(index, _)| self.sequences.get(*index));
+        let cached_tokens: usize = first_copies.map(|sequence| sequence.cached_tokens).sum();
+        Usage {
+            prompt_tokens,
+            total_tokens: prompt_tokens + completion_tokens,
+            completion_tokens,
+            prompt_tokens_details: (with_cached && cached_tokens > 0).then_some(CachedTokens { cached_tokens }),
+        }
+    }
+}
