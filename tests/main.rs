@@ -1,3 +1,5 @@
 //! Tests over the whole system, in one binary so that it links once.
 
 mod architecture;
+mod engine;
+mod support;

@@ -86,7 +86,7 @@ pub struct ScheduleConfig {
     pub max_prefill_tokens: usize,
     /// Requests that wait at most; more are refused.
     pub max_queued_requests: usize,
-    //pub policy: torus_sched::Policy,
+    pub policy: torus_sched::Policy,
     /// Reuse the KV of shared prefixes.
     pub prefix_cache: bool,
     /// Prepare step N+1 while step N runs.

@@ -40,11 +40,7 @@ impl Target {
     }
 
     /// Hands memory over; a device that shares the host's takes it without a copy.
-    pub fn give(
-        &self,
-        bytes: torus_weights::AlignedBytes,
-        tensor: &TensorType,
-    ) -> Result<Buffer, PjrtError> {
+    pub fn give(&self, bytes: torus_weights::AlignedBytes, tensor: &TensorType) -> Result<Buffer, PjrtError> {
         let dims: Vec<i64> = tensor.dims.iter().map(|dim| *dim as i64).collect();
         self.client.buffer_from_owned(Owned(bytes), element(tensor.dtype), &dims, &self.device)
     }
@@ -155,8 +151,7 @@ impl DeviceState {
     pub fn load_counts(&mut self, slot: u32, entries: &[(u32, i32)]) -> Result<(), PjrtError> {
         let words: Vec<_> = entries.to_vec();
         let mut state = self.mutable.take().ok_or_else(lost)?;
-        state.token_counts =
-            self.load_row(&self.loaders.load_counts, state.token_counts, DType::I32, slot, &words)?;
+        state.token_counts = self.load_row(&self.loaders.load_counts, state.token_counts, DType::I32, slot, &words)?;
         self.mutable = Some(state);
         Ok(())
     }

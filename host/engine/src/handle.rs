@@ -6,7 +6,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
         mpsc as sync_mpsc,
     },
     task::{Context, Poll},
@@ -49,6 +49,8 @@ pub(crate) struct Shared {
     /// Requests that wait, on the channel or in the queue.
     pub waiting: AtomicUsize,
     pub shutting_down: AtomicBool,
+    /// Compilations since the engine became ready. There must be none.
+    pub serving_compiles: AtomicU64,
     /// Ids of unfinished requests, for [`Engine::abort`] to count.
     pub ids: Mutex<HashMap<String, usize>>,
 }
@@ -66,12 +68,21 @@ impl Shared {
             stats: Mutex::new(EngineStats::default()),
             waiting: AtomicUsize::new(0),
             shutting_down: AtomicBool::new(false),
+            serving_compiles: AtomicU64::new(0),
             ids: Mutex::new(HashMap::new()),
         }
     }
 
     pub fn set_readiness(&self, readiness: Readiness) {
         *lock(&self.readiness) = readiness;
+    }
+
+    /// A program was compiled, and not taken from the cache.
+    pub fn note_compile(&self) {
+        let serving = *lock(&self.readiness) == Readiness::Ready;
+        self.serving_compiles.fetch_add(u64::from(serving), Ordering::Relaxed);
+        let phase = if serving { "serving" } else { "startup" };
+        metrics::counter!("torus:compiles", "phase" => phase).increment(1);
     }
 
     /// Forgets the id of a request that ended.
@@ -198,6 +209,7 @@ impl Engine for EngineHandle {
 
     fn stats(&self) -> EngineStats {
         let mut stats = lock(&self.shared.stats).clone();
+        stats.serving_compiles = self.shared.serving_compiles.load(Ordering::Relaxed);
         stats.queued = self.shared.waiting.load(Ordering::Acquire).max(stats.queued);
         stats
     }

@@ -1,16 +1,40 @@
 //! Runs models: assembles step programs, keeps them compiled, drives the step loop, samples.
 //!
-//! [`api`] is the only part that the HTTP server and the tools see.
+//! [`start`] loads in the background and returns a handle at once. A thread of its own then runs the model: it takes
+//! requests from a channel, schedules and launches steps, and sends tokens to each request's stream. [`api`] is all
+//! that the HTTP server and the tools see of it.
+//!
+//! Deliberately absent: text (`torus-text`), protocols (`torus-http`), the order of requests (`torus-sched`).
+//!
+//! Invariants:
+//! - Nothing is compiled once the engine is ready: the step loop holds finished programs only.
+//! - Only the engine's thread touches the device after loading.
+//! - A sampled token depends on the request's seed and the position, not on batch, bucket or order.
+//! - A failed step ends no request but the one that causes it.
 
 pub mod api;
 mod compile;
 pub mod config;
+mod core;
 mod device;
 mod handle;
 mod load;
 mod memory;
+mod pack;
+mod profile;
 mod program;
 mod request;
+mod results;
 mod sampling;
+mod start;
+mod stats;
 #[cfg(test)]
 mod testing;
+mod watchdog;
+
+pub use compile::CompileError;
+pub use config::EngineConfig;
+pub use handle::EngineHandle;
+pub use load::StartError;
+pub use program::AssembleError;
+pub use start::start;

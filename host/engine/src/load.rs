@@ -61,6 +61,13 @@ pub(crate) struct Bucket {
     pub executable: LoadedExecutable,
 }
 
+impl Bucket {
+    /// Tokens it computes, padding included.
+    pub fn tokens(&self) -> usize {
+        self.layout.shape.tokens as usize
+    }
+}
+
 /// Everything the step loop runs on.
 pub(crate) struct Loaded {
     pub state: DeviceState,
@@ -76,6 +83,10 @@ pub(crate) struct Loaded {
     pub end_tokens: Vec<u32>,
     /// Table entries of one slot.
     pub pages_per_slot: usize,
+    /// For each slot the pages of its sequence, as the device's table has them or will with the next step.
+    pub pages: Vec<Vec<u32>>,
+    /// Entries of the table that the next step buffer brings.
+    pub pending_pages: Vec<(u32, i32)>,
 }
 
 /// Prompt tokens of a step that gives logprobs of all of them.
@@ -113,7 +124,7 @@ pub(crate) fn load(config: &EngineConfig, shared: &Shared) -> Result<Loaded, Sta
     };
     let weights = load_weights(config, &checkpoint, gguf.as_ref(), &assembler, &target, shared)?;
     let key = cache_key(config, &target, &[&plugin, &attention])?;
-    let compiler = Compiler::new(target.client.clone(), config.cache_dir.as_deref(), key);
+    let compiler = Compiler::new(target.client.clone(), shared, config.cache_dir.as_deref(), key);
     let programs = compile(config, &compiler, &assembler, &plan, shared)?;
     let arguments = assembler.arguments(plan.shape(1, 1))?;
     let state = DeviceState::new(target.clone(), arguments, weights.into(), Arc::new(programs.loaders))?;
@@ -141,6 +152,8 @@ pub(crate) fn load(config: &EngineConfig, shared: &Shared) -> Result<Loaded, Sta
         vocab: assembler.description.vocab as usize,
         end_tokens,
         pages_per_slot: plan.pages_per_slot,
+        pages: vec![Vec::new(); plan.max_running],
+        pending_pages: Vec::new(),
     })
 }
 
@@ -270,7 +283,12 @@ fn load_weights(
     let mut sink = DeviceSink { target, buffers: Vec::with_capacity(names.len()) };
     let console = config.progress.then(torus_weights::ConsoleProgress::new);
     let report = plan.run(&mut sink, &LoadProgress { console, shared })?;
-    tracing::info!(weights = report.weights, bytes = report.bytes, seconds = report.elapsed.as_secs_f32(), "weights loaded");
+    tracing::info!(
+        weights = report.weights,
+        bytes = report.bytes,
+        seconds = report.elapsed.as_secs_f32(),
+        "weights loaded"
+    );
     Ok(sink.buffers)
 }
 
@@ -311,7 +329,7 @@ struct Programs {
 
 fn compile(
     config: &EngineConfig,
-    compiler: &Compiler,
+    compiler: &Compiler<'_>,
     assembler: &Assembler,
     plan: &memory::Plan,
     shared: &Shared,
@@ -359,76 +377,4 @@ fn progress_bar(total: usize) -> indicatif::ProgressBar {
     let bar = indicatif::ProgressBar::new(total as u64);
     // The template is a constant; a default style would do as well.
     if let Ok(style) = style { bar.with_style(style) } else { bar }
-}
-
-#[cfg(test)]
-mod golden {
-    use super::*;
-    use crate::{config::*, program::{Field, StepBuffer, result}};
-
-    #[test]
-    fn one_prompt() {
-        tracing_init();
-        // The plugins of this test binary.
-        let _ = (torus_model_llama::PLUGIN, torus_attention_native::PLUGIN);
-        let home = std::path::PathBuf::from(std::env::var_os("HOME").unwrap());
-        let config = EngineConfig {
-            name: "m".into(),
-            model: torus_weights::ResolvedModel::Gguf(home.join(".cache/torus/models/SmolLM2-135M-Instruct.Q4_1.gguf")),
-            plugins: torus_plugins::Registry::linked().unwrap(),
-            end_token_ids: vec![2],
-            device: DeviceConfig { platform: Platform::Cpu, pjrt_plugin: crate::testing::pjrt_plugin(), cpu_threads: None },
-            dtype: DtypeChoice::Float32,
-            attention_backend: None,
-            context_length: Some(1024),
-            memory: MemoryConfig { available_bytes: None, page_size: Some(16), max_total_tokens: Some(4096), mem_fraction_static: None },
-            schedule: ScheduleConfig { max_running_requests: Some(4), chunked_prefill_size: Some(std::env::var("CHUNK").ok().and_then(|c| c.parse().ok()).unwrap_or(16)), max_prefill_tokens: 16384, max_queued_requests: 10, prefix_cache: true, overlap: true },
-            random_seed: 0,
-            cache_dir: None,
-            watchdog_timeout: std::time::Duration::from_secs(100),
-            progress: false,
-            fail_on_token: None,
-        };
-        let t = std::time::Instant::now();
-        let mut loaded = load(&config, &Shared::new()).unwrap_or_else(|e| panic!("{e}"));
-        eprintln!("loaded in {:?}", t.elapsed());
-        for bucket in &loaded.buckets { eprintln!("{} tokens: {:?}", bucket.layout.shape.tokens, bucket.executable.memory_stats()); }
-        let prompt = [504, 3575, 2240, 282, 4649, 314];
-        let mut tokens: Vec<i32> = prompt.to_vec();
-        let mut fresh = prompt.len();
-        let mut out = vec![];
-        for step in 0..32 {
-            let bucket = loaded.buckets.iter().find(|b| b.layout.shape.tokens as usize >= fresh).unwrap();
-            let mut buffer = StepBuffer::new(&bucket.layout, 4, loaded.vocab as i32);
-            let start = tokens.len() - fresh;
-            for i in 0..fresh {
-                let position = start + i;
-                buffer.set(Field::TokenSrc, i, if step == 0 { tokens[position] } else { -1 });
-                buffer.set(Field::Positions, i, position as i32);
-                buffer.set(Field::KvSlot, i, 16 + position as i32);
-                if position % 16 == 0 {
-                    buffer.set(Field::DeltaIndex, 0, (position / 16) as i32);
-                    buffer.set(Field::DeltaPage, 0, (position / 16) as i32 + 1);
-                }
-            }
-            let ends = buffer.field(Field::CuQLens);
-            ends[1..].fill(fresh as i32);
-            buffer.set(Field::KvLens, 0, tokens.len() as i32);
-            buffer.set(Field::NumSeqs, 0, 1);
-            buffer.set(Field::LogitRows, 0, fresh as i32 - 1);
-            buffer.set(Field::Slots, 0, 0);
-            buffer.raise(crate::program::flag::LOGPROBS);
-            let t = std::time::Instant::now();
-            let copy = loaded.state.step(&bucket.executable, &buffer.bytes()).unwrap();
-            let bytes = copy.wait().unwrap();
-            let word = |i: usize| i32::from_le_bytes(bytes[4 * i..4 * i + 4].try_into().unwrap());
-            eprintln!("{step}: token {} logprob {} bad {} in {:?}", word(0), f32::from_bits(word(result::LOGPROB) as u32), word(2), t.elapsed());
-            tokens.push(word(0));
-            out.push(word(0));
-            fresh = 1;
-        }
-        eprintln!("{out:?}");
-        assert_eq!(out[..12], [7042, 30, 198, 198, 504, 1797, 1918, 553, 253, 2155, 282, 4723]);
-    }
-    fn tracing_init() {}
 }

@@ -83,12 +83,14 @@ impl Plan {
         // More than all slots can use at full length would never be touched.
         let useful = (self.max_running * self.pages_per_slot) as u64;
         let pages = wanted.unwrap_or(possible).min(useful.max(1));
-        if let Some(wanted) = wanted.filter(|wanted| *wanted > possible && config.memory.mem_fraction_static.is_some()) {
+        if let Some(wanted) = wanted.filter(|wanted| *wanted > possible && config.memory.mem_fraction_static.is_some())
+        {
             let message = format!("{wanted} pages do not fit the {possible} that --mem-fraction-static leaves");
             return Err(config_error("--max-total-tokens", message));
         }
         if pages < 2 {
-            let message = format!("memory holds {pages} pages of {} tokens; free memory or lower --page-size", self.page_size);
+            let message =
+                format!("memory holds {pages} pages of {} tokens; free memory or lower --page-size", self.page_size);
             return Err(config_error("--max-total-tokens", message));
         }
         self.pages = pages + 1;
@@ -139,9 +141,7 @@ fn available_bytes(config: &EngineConfig) -> u64 {
 fn kv_bytes(config: &EngineConfig, weight_bytes: u64) -> u64 {
     let available = available_bytes(config).saturating_sub(weight_bytes);
     match (config.memory.mem_fraction_static, config.device.platform) {
-        (Some(fraction), _) => {
-            ((available_bytes(config) as f64 * fraction) as u64).saturating_sub(weight_bytes)
-        }
+        (Some(fraction), _) => ((available_bytes(config) as f64 * fraction) as u64).saturating_sub(weight_bytes),
         (None, Platform::Cpu) => CPU_KV_BYTES_MAX.min(available / 4),
         (None, _) => ((available_bytes(config) as f64 * DEVICE_FRACTION) as u64).saturating_sub(weight_bytes),
     }

@@ -1,12 +1,17 @@
 //! A request as the engine's thread keeps it: what it asked for, what it got, and when it ends.
 
-use std::{collections::BTreeSet, sync::Arc, time::Instant};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Instant,
+};
 
 use tokio::sync::mpsc::{self, error::TrySendError};
 
 use crate::{
     api::{Abort, Event, FinishReason, LogprobOptions, SamplingParams, TokenLogprob},
     handle::Submission,
+    sampling::IN_PROMPT,
 };
 
 pub(crate) struct RequestState {
@@ -21,8 +26,6 @@ pub(crate) struct RequestState {
     /// Tokens that end it.
     pub stop_tokens: BTreeSet<u32>,
     pub max_new_tokens: usize,
-    /// Tokens whose sampling has been dispatched, those of steps in flight included.
-    pub dispatched: usize,
     /// The slot it was last prepared for; another one means that it was retracted and comes back.
     pub slot: Option<u32>,
     /// Whether its row of biases still forbids stop tokens (`min_new_tokens`).
@@ -56,7 +59,6 @@ impl RequestState {
             stops_forbidden: false,
             stop_tokens,
             max_new_tokens,
-            dispatched: 0,
             slot: None,
             cached_tokens: None,
             prompt_logprobs: if first { vec![unconditional] } else { Vec::new() },
@@ -75,6 +77,35 @@ impl RequestState {
     pub fn has_penalties(&self) -> bool {
         let sampling = &self.sampling;
         sampling.repetition_penalty != 1.0 || sampling.frequency_penalty != 0.0 || sampling.presence_penalty != 0.0
+    }
+
+    /// Whether its row of biases on the device is used.
+    pub fn has_bias(&self) -> bool {
+        !self.sampling.logit_bias.is_empty() || (self.sampling.min_new_tokens > 0 && !self.stop_tokens.is_empty())
+    }
+
+    /// Entries of its row of biases: what was asked for, and stop tokens while they are forbidden.
+    pub fn biases(&self) -> Vec<(u32, f32)> {
+        let mut biases: BTreeMap<u32, f32> = self.sampling.logit_bias.iter().copied().collect();
+        if self.stops_forbidden {
+            biases.extend(self.stop_tokens.iter().map(|token| (*token, f32::NEG_INFINITY)));
+        }
+        biases.into_iter().collect()
+    }
+
+    /// Entries of its row of token counts: what the penalties read.
+    pub fn token_counts(&self) -> Vec<(u32, i32)> {
+        let mut counts: BTreeMap<u32, i32> = self.prompt.iter().map(|token| (*token, IN_PROMPT)).collect();
+        for token in &self.output {
+            *counts.entry(*token).or_default() += 1;
+        }
+        counts.into_iter().collect()
+    }
+
+    /// How much of a cached prefix it can use: logprobs of prompt tokens must be computed.
+    pub fn reuse_max_tokens(&self) -> usize {
+        let first_wanted = self.logprobs.prompt_from.map(|from| from.max(1) - 1);
+        first_wanted.unwrap_or(usize::MAX)
     }
 
     /// Whether the `n`-th token sampled (counted from 0) must not be a stop token.
@@ -145,8 +176,7 @@ mod tests {
     fn request(sampling: SamplingParams, logprobs: LogprobOptions) -> (RequestState, mpsc::Receiver<Event>) {
         let (events, receiver) = mpsc::channel(8);
         let prompt: Arc<[u32]> = [5, 6, 7].into();
-        let request =
-            GenerateRequest { id: "r".into(), prompt, sampling, logprobs, namespace: None, deadline: None };
+        let request = GenerateRequest { id: "r".into(), prompt, sampling, logprobs, namespace: None, deadline: None };
         (RequestState::new(Submission { number: 0, request, events }, &[2], 10, 1), receiver)
     }
 
@@ -167,7 +197,8 @@ mod tests {
 
     #[test]
     fn it_ends_when_the_context_is_full() {
-        let (mut state, _events) = request(SamplingParams { ignore_eos: true, ..Default::default() }, Default::default());
+        let (mut state, _events) =
+            request(SamplingParams { ignore_eos: true, ..Default::default() }, Default::default());
         assert_eq!(state.max_new_tokens, 7);
         for _ in 0..3 {
             assert_eq!(state.take_token(token(2)).unwrap(), None);
@@ -177,7 +208,8 @@ mod tests {
 
     #[test]
     fn a_client_that_does_not_read_is_told_apart_from_one_that_left() {
-        let (mut state, events) = request(SamplingParams { ignore_eos: true, ..Default::default() }, Default::default());
+        let (mut state, events) =
+            request(SamplingParams { ignore_eos: true, ..Default::default() }, Default::default());
         let outcome = (0..8).find_map(|_| state.take_token(token(1)).err());
         assert_eq!(outcome, Some(Abort::SlowClient));
         drop(events);

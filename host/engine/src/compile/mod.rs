@@ -14,11 +14,13 @@ use torus_pjrt::{Client, CompileOptions, LoadedExecutable, PjrtError};
 
 pub(crate) use cache::{CacheKey, ExecutableCache};
 
-use crate::handle::lock;
+use crate::handle::{Shared, lock};
 
 /// Compiles texts, or takes them from the cache.
-pub(crate) struct Compiler {
+pub(crate) struct Compiler<'a> {
     client: Client,
+    /// Counts compilations that a serving engine should not have made.
+    shared: &'a Shared,
     options: CompileOptions,
     cache: Option<ExecutableCache>,
     /// What every key begins with: everything but the module.
@@ -33,9 +35,9 @@ pub struct CompileError {
     source: PjrtError,
 }
 
-impl Compiler {
+impl<'a> Compiler<'a> {
     /// `base` holds what decides the machine code beside module and options (plugins, device, flags).
-    pub fn new(client: Client, cache_dir: Option<&Path>, base: CacheKey) -> Self {
+    pub fn new(client: Client, shared: &'a Shared, cache_dir: Option<&Path>, base: CacheKey) -> Self {
         let open = |folder: &Path| match ExecutableCache::open(folder) {
             Ok(cache) => Some(cache),
             Err(error) => {
@@ -43,7 +45,7 @@ impl Compiler {
                 None
             }
         };
-        Self { client, options: CompileOptions::default(), cache: cache_dir.and_then(open), base }
+        Self { client, shared, options: CompileOptions::default(), cache: cache_dir.and_then(open), base }
     }
 
     pub fn compile(&self, name: &str, module: &str) -> Result<LoadedExecutable, CompileError> {
@@ -57,7 +59,7 @@ impl Compiler {
         }
         let failed = |source| CompileError { name: name.to_owned(), source };
         let executable = self.client.compile(module, &self.options).map_err(failed)?;
-        metrics::counter!("torus:compiles", "phase" => "startup").increment(1);
+        self.shared.note_compile();
         if let Some(cache) = &self.cache {
             match executable.serialize() {
                 Ok(bytes) => cache.store(&key, &bytes),

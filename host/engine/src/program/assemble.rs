@@ -136,20 +136,13 @@ impl Assembler {
             answers: &answers,
             hidden: Unit { plugin: self.model.plugin(), fragment: &hidden },
             head: Unit { plugin: self.model.plugin(), fragment: &head },
-            attention: attention
-                .iter()
-                .map(|fragment| Unit { plugin: self.attention.plugin(), fragment })
-                .collect(),
+            attention: attention.iter().map(|fragment| Unit { plugin: self.attention.plugin(), fragment }).collect(),
         };
         let text = parts.link()?;
         Ok(Program { text, layout })
     }
 
-    fn emit(
-        &self,
-        part: ModelPart,
-        answers: &[(AttentionQuery, AttentionAnswer)],
-    ) -> Result<Fragment, AssembleError> {
+    fn emit(&self, part: ModelPart, answers: &[(AttentionQuery, AttentionAnswer)]) -> Result<Fragment, AssembleError> {
         let handles = |i: usize| (self.description.weights[i].name.clone(), self.weight_handle(i));
         let state = |(_, answer): &(AttentionQuery, AttentionAnswer)| StateHandle {
             pool: answer.pool.clone(),
@@ -282,6 +275,7 @@ impl Parts<'_> {
         let sampled = sample(&SamplingInputs {
             logits,
             slots,
+            bias_slots: packed.get(Field::BiasSlots, ROWS),
             token_counts: arrays.token_counts,
             bias: arrays.bias,
             allowed: arrays.allowed,

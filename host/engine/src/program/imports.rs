@@ -87,7 +87,11 @@ fn arguments<const N: usize>(import: &Import) -> Result<&[TensorType; N], LinkEr
 fn malformed(import: &Import) -> LinkError {
     LinkError::Malformed {
         plugin: "host".into(),
-        message: format!("'{}' has {} arguments, which its operation does not take", import.symbol, import.arguments.len()),
+        message: format!(
+            "'{}' has {} arguments, which its operation does not take",
+            import.symbol,
+            import.arguments.len()
+        ),
     }
 }
 

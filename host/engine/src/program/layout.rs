@@ -57,6 +57,8 @@ pub enum Field {
     SeedHigh,
     /// `[rows]`: position in the sequence of the token that is sampled: the counter of its random numbers.
     SamplePosition,
+    /// `[rows]`: the slot whose biases apply to row `r`; the trash slot, which has none, if none do.
+    BiasSlots,
     /// `[rows]`: a token whose logprob is wanted instead of the sampled one's, or -1.
     Target,
 }
@@ -90,7 +92,7 @@ pub enum Rows {
     All,
 }
 
-const FIELDS: [Field; 24] = [
+const FIELDS: [Field; 25] = [
     Field::TokenSrc,
     Field::Positions,
     Field::TokenSeq,
@@ -114,6 +116,7 @@ const FIELDS: [Field; 24] = [
     Field::SeedLow,
     Field::SeedHigh,
     Field::SamplePosition,
+    Field::BiasSlots,
     Field::Target,
 ];
 
@@ -183,6 +186,7 @@ impl<'a> StepBuffer<'a> {
         let unused_entry = layout.shape.page_table as i32 - 1;
         buffer.field(Field::DeltaIndex).fill(unused_entry);
         buffer.field(Field::Slots).fill(trash_slot);
+        buffer.field(Field::BiasSlots).fill(trash_slot);
         buffer.field(Field::TopK).fill(vocab);
         buffer.field(Field::TopP).fill(1f32.to_bits() as i32);
         buffer.field(Field::RepetitionPenalty).fill(1f32.to_bits() as i32);

@@ -6,7 +6,6 @@ mod layout;
 mod rows;
 
 pub use assemble::AssembleError;
-pub(crate) use assemble::{Arguments, Assembler, Program};
-pub(crate) use imports::Storage;
-pub(crate) use rows::{LOAD_ENTRIES, initial_state, load_pages, load_row};
+pub(crate) use assemble::{Arguments, Assembler};
 pub(crate) use layout::{Field, Rows, StepBuffer, StepLayout, flag, result};
+pub(crate) use rows::{LOAD_ENTRIES, initial_state, load_pages, load_row};

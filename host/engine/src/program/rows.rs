@@ -8,7 +8,7 @@ use torus_hlo::{
     axes::{SLOTS, VOCAB},
 };
 
-use super::{AssembleError, Arguments};
+use super::{Arguments, AssembleError};
 
 /// Entries that one execution of a loader takes. Longer lists take several.
 pub(crate) const LOAD_ENTRIES: usize = 512;

@@ -47,6 +47,8 @@ pub(crate) struct SamplingInputs<'f> {
     pub logits: Value<'f>,
     /// i32 `[rows]`: the slot whose row of the arrays below belongs to each row.
     pub slots: Value<'f>,
+    /// i32 `[rows]`: the slot whose biases apply to each row.
+    pub bias_slots: Value<'f>,
     /// i32 `[slots, vocab]`: see [`IN_PROMPT`].
     pub token_counts: Value<'f>,
     /// f32 `[slots, vocab]`
@@ -103,8 +105,9 @@ fn adjusted<'f>(inputs: &SamplingInputs<'f>) -> Value<'f> {
         func.if_else(raised(inputs.flags, bit), || vec![change(logits)], || vec![logits])[0]
     };
     let rows_of = |array: Value<'f>| array.take(SLOTS, inputs.slots);
-    let logits = when(flag::PENALTIES, inputs.logits, &|logits| penalized(logits, rows_of(inputs.token_counts), &inputs.rows));
-    let logits = when(flag::BIAS, logits, &|logits| logits + rows_of(inputs.bias));
+    let logits =
+        when(flag::PENALTIES, inputs.logits, &|logits| penalized(logits, rows_of(inputs.token_counts), &inputs.rows));
+    let logits = when(flag::BIAS, logits, &|logits| logits + inputs.bias.take(SLOTS, inputs.bias_slots));
     when(flag::MASK, logits, &|logits| {
         let size = logits.size(VOCAB);
         let token = func.iota(DType::I32, VOCAB, size);

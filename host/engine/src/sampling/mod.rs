@@ -13,7 +13,7 @@ mod random;
 mod tests;
 mod threshold;
 
-pub(crate) use graph::{RowParameters, Sampled, SamplingInputs, sample};
+pub(crate) use graph::{RowParameters, SamplingInputs, sample};
 
 /// The count word of a token in a slot's row of `token_counts`: occurrences in the output below this bit, and this
 /// bit if the token is in the prompt.

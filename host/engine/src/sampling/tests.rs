@@ -130,6 +130,7 @@ fn run_rows(rows: &[Row], flags: i32) -> Vec<Vec<i32>> {
         let inputs = SamplingInputs {
             logits: argument(DType::F32, &[(ROWS, n), (VOCAB, v)]),
             slots: row(DType::I32),
+            bias_slots: row(DType::I32),
             token_counts: argument(DType::I32, &[(SLOTS, n), (VOCAB, v)]),
             bias: argument(DType::F32, &[(SLOTS, n), (VOCAB, v)]),
             allowed: argument(DType::U32, &[(SLOTS, n), (torus_hlo::Axis("words"), words as u64)]),
@@ -161,6 +162,7 @@ fn run_rows(rows: &[Row], flags: i32) -> Vec<Vec<i32>> {
     let words_of = |of: &dyn Fn(&Row) -> u32| Array::u32(&rows.iter().map(of).collect::<Vec<_>>(), &[count]);
     let arguments = [
         Array::f32(&rows.iter().flat_map(|row| row.logits.clone()).collect::<Vec<_>>(), &[count, VOCABULARY]),
+        Array::i32(&(0..count as i32).rev().collect::<Vec<_>>(), &[count]),
         Array::i32(&(0..count as i32).rev().collect::<Vec<_>>(), &[count]),
         Array::i32(&slots().flat_map(|row| row.counts.clone()).collect::<Vec<_>>(), &[count, VOCABULARY]),
         Array::f32(&slots().flat_map(|row| row.bias.clone()).collect::<Vec<_>>(), &[count, VOCABULARY]),

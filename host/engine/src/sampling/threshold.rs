@@ -13,10 +13,7 @@ pub(super) fn ordered_bits(x: Value<'_>) -> Value<'_> {
 
 /// For each row the largest key `t` such that `holds(keys >= t)`. `holds` is true for a row if enough is kept; keeping
 /// more never makes it false; it must hold for `t = 0`.
-pub(super) fn largest_key<'f>(
-    keys: Value<'f>,
-    holds: impl Fn(Value<'f>) -> Value<'f>,
-) -> Value<'f> {
+pub(super) fn largest_key<'f>(keys: Value<'f>, holds: impl Fn(Value<'f>) -> Value<'f>) -> Value<'f> {
     let func = keys.func();
     let rows = keys.reduce_max(VOCAB);
     let start = [func.scalar(DType::U32, SIGN), rows.full_like(0u32)];

@@ -1,0 +1,188 @@
+//! Fills the step buffer of a batch.
+
+use std::collections::HashMap;
+
+use torus_pjrt::PjrtError;
+use torus_sched::{Batch, RequestId, Row};
+
+use crate::{
+    load::Loaded,
+    program::{Field, Rows, StepBuffer, flag},
+    request::RequestState,
+};
+
+/// A packed step and the program it is for.
+pub(crate) struct Packed {
+    pub bytes: Vec<u8>,
+    /// Index of the bucket, for [`Rows::Sampled`].
+    pub bucket: usize,
+    pub rows: Rows,
+    /// Padding tokens.
+    pub padding: usize,
+}
+
+/// Packs a batch. Page-table entries that do not fit the buffer are loaded first.
+pub(crate) fn pack(
+    batch: &Batch,
+    requests: &mut HashMap<RequestId, RequestState>,
+    loaded: &mut Loaded,
+) -> Result<Packed, PjrtError> {
+    let tokens = batch.tokens();
+    let wants_all = |row: &Row| {
+        let request = requests.get(&row.request);
+        request.is_some_and(|r| (row.start..row.start + row.len).any(|at| r.wants_prompt_logprob_after(at)))
+    };
+    let rows = if batch.rows.iter().any(wants_all) { Rows::All } else { Rows::Sampled };
+    let fitting = loaded.buckets.iter().position(|bucket| bucket.tokens() >= tokens);
+    let bucket = fitting.unwrap_or(loaded.buckets.len() - 1);
+    load_new_pages(batch, loaded)?;
+    let program = match rows {
+        Rows::All => &loaded.prompt_logprobs,
+        Rows::Sampled => &loaded.buckets[bucket],
+    };
+    let padding = program.tokens() - tokens;
+    let buffer = StepBuffer::new(&program.layout, loaded.max_running as i32, loaded.vocab as i32);
+    let mut packer = Packer { buffer, loaded, rows, token: 0 };
+    for (index, row) in batch.rows.iter().enumerate() {
+        packer.add_tokens(index, row);
+        if let Some(request) = requests.get_mut(&row.request) {
+            packer.add_row(index, row, request);
+        }
+        packer.token += row.len;
+    }
+    packer.add_ends(batch.rows.len());
+    Ok(Packed { bytes: packer.buffer.bytes(), bucket, rows, padding })
+}
+
+/// Notes the pages that came to each sequence, and puts them into the device's table.
+fn load_new_pages(batch: &Batch, loaded: &mut Loaded) -> Result<(), PjrtError> {
+    let mut entries = Vec::new();
+    for row in &batch.rows {
+        let slot = row.slot.0 as usize;
+        let pages = &mut loaded.pages[slot];
+        for (index, page) in &row.new_pages {
+            if *index == pages.len() {
+                pages.push(page.0);
+            } else {
+                pages[*index] = page.0;
+            }
+            entries.push(((slot * loaded.pages_per_slot + index) as u32, page.0 as i32));
+        }
+    }
+    // Most steps bring a page or two, which travel in the step buffer; a long cached prefix does not fit there.
+    loaded.pending_pages = entries;
+    let room = loaded.buckets.first().map_or(0, |bucket| bucket.layout.deltas);
+    if loaded.pending_pages.len() > room {
+        let entries = std::mem::take(&mut loaded.pending_pages);
+        loaded.state.load_pages(&entries)?;
+    }
+    Ok(())
+}
+
+struct Packer<'a> {
+    buffer: StepBuffer<'a>,
+    loaded: &'a Loaded,
+    rows: Rows,
+    /// Index of the row's first token.
+    token: usize,
+}
+
+impl Packer<'_> {
+    /// What attention needs to know of a row.
+    fn add_tokens(&mut self, index: usize, row: &Row) {
+        let slot = row.slot.0 as usize;
+        let page_size = self.loaded.shape.page_size as usize;
+        let pages = &self.loaded.pages[slot];
+        for offset in 0..row.len {
+            let (at, position) = (self.token + offset, row.start + offset);
+            // The token that was last sampled in slot k is named by -k-1.
+            let source = row.tokens.get(offset).map_or(-(slot as i32) - 1, |token| *token as i32);
+            let kv_slot = pages[position / page_size] as usize * page_size + position % page_size;
+            self.buffer.set(Field::TokenSrc, at, source);
+            self.buffer.set(Field::Positions, at, position as i32);
+            self.buffer.set(Field::TokenSeq, at, index as i32);
+            self.buffer.set(Field::KvSlot, at, kv_slot as i32);
+        }
+        self.buffer.set(Field::CuQLens, index + 1, (self.token + row.len) as i32);
+        self.buffer.set(Field::KvLens, index, (row.start + row.len) as i32);
+        self.buffer.set(Field::PageBegin, index, (slot * self.loaded.pages_per_slot) as i32);
+    }
+
+    /// What sampling needs to know of a row, and of its prompt's logprobs.
+    fn add_row(&mut self, index: usize, row: &Row, request: &RequestState) {
+        let last = self.token + row.len - 1;
+        let at = match self.rows {
+            Rows::Sampled => index,
+            Rows::All => {
+                for offset in 0..row.len {
+                    let position = row.start + offset;
+                    self.buffer.set(Field::LogitRows, self.token + offset, (self.token + offset) as i32);
+                    if request.wants_prompt_logprob_after(position) {
+                        let target = request.prompt[position + 1] as i32;
+                        self.buffer.set(Field::Target, self.token + offset, target);
+                        self.want_logprobs(request);
+                    }
+                }
+                last
+            }
+        };
+        self.buffer.set(Field::LogitRows, at, last as i32);
+        if row.samples.is_some() {
+            self.buffer.set(Field::Slots, at, row.slot.0 as i32);
+            self.add_sampling(at, row, request);
+        }
+    }
+
+    fn want_logprobs(&mut self, request: &RequestState) {
+        self.buffer.raise(flag::LOGPROBS);
+        if request.logprobs.top_n > 0 {
+            self.buffer.raise(flag::TOP_LOGPROBS);
+        }
+    }
+
+    fn add_sampling(&mut self, at: usize, row: &Row, request: &RequestState) {
+        let sampling = &request.sampling;
+        if request.logprobs.output {
+            self.want_logprobs(request);
+        }
+        if request.has_penalties() {
+            self.buffer.raise(flag::PENALTIES);
+            self.buffer.set_f32(Field::RepetitionPenalty, at, sampling.repetition_penalty);
+            self.buffer.set_f32(Field::FrequencyPenalty, at, sampling.frequency_penalty);
+            self.buffer.set_f32(Field::PresencePenalty, at, sampling.presence_penalty);
+        }
+        // Rows of slots whose request has no bias hold what an earlier request left; its flag may be raised by others.
+        if request.has_bias() {
+            self.buffer.raise(flag::BIAS);
+            self.buffer.set(Field::BiasSlots, at, row.slot.0 as i32);
+        }
+        if request.greedy() {
+            return;
+        }
+        self.buffer.raise(flag::SAMPLE);
+        self.buffer.set_f32(Field::Temperature, at, sampling.temperature);
+        self.buffer.set_f32(Field::MinP, at, sampling.min_p);
+        if sampling.top_k > 0 && (sampling.top_k as usize) < self.loaded.vocab {
+            self.buffer.raise(flag::TOP_K);
+            self.buffer.set(Field::TopK, at, sampling.top_k as i32);
+        }
+        if sampling.top_p < 1.0 {
+            self.buffer.raise(flag::TOP_P);
+            self.buffer.set_f32(Field::TopP, at, sampling.top_p);
+        }
+        self.buffer.set(Field::SeedLow, at, request.seed as u32 as i32);
+        self.buffer.set(Field::SeedHigh, at, (request.seed >> 32) as u32 as i32);
+        self.buffer.set(Field::SamplePosition, at, (row.start + row.len) as i32);
+    }
+
+    /// What concerns the batch as a whole.
+    fn add_ends(&mut self, rows: usize) {
+        let total = self.token as i32;
+        self.buffer.field(Field::CuQLens)[rows + 1..].fill(total);
+        self.buffer.set(Field::NumSeqs, 0, rows as i32);
+        for (i, (index, page)) in self.loaded.pending_pages.iter().enumerate() {
+            self.buffer.set(Field::DeltaIndex, i, *index as i32);
+            self.buffer.set(Field::DeltaPage, i, *page);
+        }
+    }
+}

@@ -1,0 +1,44 @@
+//! Starts an engine on a thread of its own.
+
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{Arc, mpsc},
+    thread,
+};
+
+use crate::{
+    api::Readiness,
+    config::EngineConfig,
+    core::Core,
+    handle::{EngineHandle, Shared},
+    load::load,
+};
+
+/// Starts loading and returns at once; [`EngineHandle::readiness`](crate::api::Engine::readiness) says how far it is.
+///
+/// # Errors
+/// If the system gives no thread.
+pub fn start(config: EngineConfig) -> std::io::Result<EngineHandle> {
+    let shared = Arc::new(Shared::new());
+    let (commands, received) = mpsc::channel();
+    let handle = EngineHandle::new(shared.clone(), commands, config.schedule.max_queued_requests);
+    let run = move || {
+        let loaded = match load(&config, &shared) {
+            Ok(loaded) => loaded,
+            Err(error) => {
+                tracing::error!(model = config.name, "{error}");
+                shared.set_readiness(Readiness::Failed { message: error.to_string() });
+                return;
+            }
+        };
+        let core = Core::new(&config, loaded, shared.clone());
+        shared.set_readiness(Readiness::Ready);
+        tracing::info!(model = config.name, "the engine is ready");
+        if catch_unwind(AssertUnwindSafe(|| core.run(&received))).is_err() {
+            // The hook has reported where. Streams see the end of their channel.
+            shared.set_readiness(Readiness::Failed { message: "the engine stopped on a defect of its own".into() });
+        }
+    };
+    thread::Builder::new().name("torus-engine".into()).spawn(run)?;
+    Ok(handle)
+}
