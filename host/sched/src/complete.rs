@@ -120,7 +120,9 @@ impl Scheduler {
         let Some(sequence) = self.sequences.get_mut(&id) else { return };
         #[cfg(test)]
         let shared = match self.planted {
-            crate::sim::Planted::ShareUncomputed => (sequence.pages.len() * self.config.page_size).min(sequence.known()),
+            crate::sim::Planted::ShareUncomputed => {
+                (sequence.pages.len() * self.config.page_size).min(sequence.known())
+            }
             _ => sequence.computed.min(sequence.known()),
         };
         #[cfg(not(test))]

@@ -1,10 +1,6 @@
 //! After a failed step. The pools were donated to it, so all KV is lost; the requests are not.
 
-use crate::{
-    BatchId, Ended, RequestId,
-    scheduler::Scheduler,
-    sequence::Leaving,
-};
+use crate::{BatchId, Ended, RequestId, scheduler::Scheduler, sequence::Leaving};
 
 impl Scheduler {
     /// Takes note that a step failed, and with it every step in flight. All running sequences go back to the head of

@@ -121,11 +121,8 @@ impl Scheduler {
             return None;
         }
         self.step += 1;
-        let mut plan = Plan {
-            rows: Vec::new(),
-            budget: self.config.token_budget,
-            prefill_budget: self.config.max_prefill_tokens,
-        };
+        let mut plan =
+            Plan { rows: Vec::new(), budget: self.config.token_budget, prefill_budget: self.config.max_prefill_tokens };
         if self.config.mixed {
             self.add_decodes(&mut plan);
             self.add_prefills(&mut plan);

@@ -103,7 +103,8 @@ impl Simulation {
             policy: policies[rng.random_range(0..4)],
             prefix_cache: rng.random_bool(0.85),
         };
-        let prefixes = (0..4).map(|_| (0..rng.random_range(1..20)).map(|_| rng.random_range(0..50)).collect()).collect();
+        let prefixes =
+            (0..4).map(|_| (0..rng.random_range(1..20)).map(|_| rng.random_range(0..50)).collect()).collect();
         let mut scheduler = Scheduler::new(config);
         scheduler.planted = planted;
         Self {
@@ -224,7 +225,8 @@ impl Simulation {
             assert!(expected.poison.is_some() || self.failures);
         }
         let sequences = self.scheduler.sequences.values();
-        let private = sequences.flat_map(|s| s.pages.iter().zip(&s.private).filter(|(_, own)| **own).map(|(page, _)| *page));
+        let private =
+            sequences.flat_map(|s| s.pages.iter().zip(&s.private).filter(|(_, own)| **own).map(|(page, _)| *page));
         let private: Vec<_> = private.collect();
         self.scheduler.cache.check(&private).unwrap();
         assert!(self.scheduler.running.len() + self.scheduler.free_slots.len() == self.scheduler.config.max_running);
@@ -326,9 +328,8 @@ fn planted_bugs_are_found() {
     for planted in [Planted::FreeWhileInFlight, Planted::ShareUncomputed, Planted::SkipUnlock] {
         let hook = std::panic::take_hook();
         std::panic::set_hook(Box::new(|_| ()));
-        let found = (0..40).any(|seed| {
-            catch_unwind(AssertUnwindSafe(|| Simulation::new(seed, planted).run(300))).is_err()
-        });
+        let found =
+            (0..40).any(|seed| catch_unwind(AssertUnwindSafe(|| Simulation::new(seed, planted).run(300))).is_err());
         std::panic::set_hook(hook);
         assert!(found, "{planted:?} was not found");
     }
