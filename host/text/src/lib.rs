@@ -12,7 +12,8 @@
 //! - What streams out does not depend on how tokens are divided among calls, and joined it is the text of the whole.
 //! - No part of a stream ends inside a character, and none contains text that a stop string may yet take back.
 //! - A prompt rendered from a chat template is encoded as it is: no token is added to it.
-//! - Templates and texts may be hostile. They end in an error within bounded time and memory, never in a crash.
+//! - Templates and texts may be hostile. They end in an error within bounded time, never in a crash; memory is bounded
+//!   but for one gap of the template engine, told in `template.rs`.
 #![forbid(unsafe_code)]
 
 mod detokenizer;

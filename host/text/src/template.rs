@@ -1,17 +1,20 @@
 //! Chat templates: conversations to prompts.
 //!
 //! Templates are Jinja, written for Hugging Face's `apply_chat_template`, and rendered here as it does: same whitespace
-//! rules, same functions, Python's notation of values. They come with the model, so they are not trusted: time, memory,
-//! recursion and output are bounded, and nothing outside their input is within their reach.
+//! rules, same functions, Python's notation of values. They come with the model, so they are not trusted: work, nesting,
+//! output and time are bounded, and nothing outside their input is within their reach. One gap is known: the engine does
+//! not charge for `list + list`, so a template that doubles a list dozens of times can exhaust the memory.
 
 mod chat;
 mod python;
+mod sandbox;
 mod source;
 
 use std::{
     borrow::Cow,
     collections::BTreeMap,
     io,
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
@@ -19,25 +22,41 @@ use minijinja::{AutoEscape, Environment, ErrorKind, Value, syntax::SyntaxConfig}
 use serde_json::Value as Json;
 
 pub use self::{chat::ContentFormat, source::ChatTemplateSource};
-use self::{chat::MessageFormat, python::Refusal};
-use crate::TextError;
+use self::{chat::MessageFormat, python::Refusal, sandbox::Sandbox};
+use crate::{TextError, Tokenizer};
 
 /// Bounds on one rendering.
 #[derive(Clone, Copy, Debug)]
 pub struct TemplateLimits {
-    /// Steps of the template engine, and 64 times as many bytes of strings made. A message takes some tens.
+    /// Steps of the template engine, and 64 times as many bytes of strings made. A message takes 10 to 100.
     pub fuel: u64,
-    /// Nesting of macros, loops and values.
+    /// Nesting of macros and loops.
     pub recursion: usize,
     /// Bytes of the prompt.
     pub output_bytes: usize,
     /// Bytes of the template itself.
     pub source_bytes: usize,
+    /// What a caller waits at most, for the case that fuel lasts longer than it should.
+    pub deadline: Duration,
 }
 
 impl Default for TemplateLimits {
     fn default() -> Self {
-        Self { fuel: 4_000_000, recursion: 128, output_bytes: 16 << 20, source_bytes: 1 << 20 }
+        Self {
+            fuel: 2_000_000,
+            recursion: 128,
+            output_bytes: 16 << 20,
+            source_bytes: 512 << 10,
+            deadline: Duration::from_secs(10),
+        }
+    }
+}
+
+impl TemplateLimits {
+    /// The stack for the deepest values and sources within the limits. Measured, on x86-64: printing and comparing
+    /// nested lists takes 373 bytes per level, and a level 1.75 fuel; parsing takes at most 435 bytes per byte of source.
+    fn stack_bytes(&self) -> usize {
+        (1 << 20) + (self.fuel as usize).saturating_mul(256).max(self.source_bytes.saturating_mul(512))
     }
 }
 
@@ -59,7 +78,8 @@ pub struct ChatInput<'a> {
 
 /// A compiled chat template.
 pub struct ChatTemplate {
-    environment: Environment<'static>,
+    environment: Arc<Environment<'static>>,
+    sandbox: Sandbox,
     special_tokens: BTreeMap<String, String>,
     default: MessageFormat,
     /// Of the separate template for conversations with tools, if there is one.
@@ -82,17 +102,19 @@ impl ChatTemplate {
         special_tokens: &BTreeMap<String, String>,
         limits: TemplateLimits,
     ) -> Result<Self, TextError> {
-        let mut environment = environment(limits);
         let default = source.default_template().ok_or_else(|| TextError::InvalidTemplate {
             name: DEFAULT.to_owned(),
             reason: format!("none of the model's templates ({}) is called \"default\"", source.names()),
         })?;
-        add_template(&mut environment, DEFAULT, default, limits)?;
+        let mut sources = vec![(DEFAULT, prepare(DEFAULT, default, limits)?)];
         if let Some(text) = source.tool_use_template() {
-            add_template(&mut environment, TOOL_USE, text, limits)?;
+            sources.push((TOOL_USE, prepare(TOOL_USE, text, limits)?));
         }
+        let sandbox = Sandbox::new(limits.stack_bytes(), limits.deadline);
+        let environment = sandbox.run(move || compile(sources, limits))??;
         let mut template = Self {
-            environment,
+            environment: Arc::new(environment),
+            sandbox,
             special_tokens: special_tokens.clone(),
             default: MessageFormat { content: ContentFormat::Any, arguments_as_text: true },
             tool_use: None,
@@ -101,6 +123,17 @@ impl ChatTemplate {
         template.default = template.detect_format(DEFAULT);
         template.tool_use = source.tool_use_template().map(|_| template.detect_format(TOOL_USE));
         Ok(template)
+    }
+
+    /// The template to use with `tokenizer`: what `argument` (`--chat-template`) names, else the one that came with the
+    /// tokenizer, else the plain `User: …` form.
+    pub fn for_tokenizer(tokenizer: &Tokenizer, argument: Option<&str>) -> Result<Self, TextError> {
+        let source = match (argument, tokenizer.chat_template()) {
+            (Some(argument), _) => ChatTemplateSource::from_argument(argument)?,
+            (None, Some(own)) => own.clone(),
+            (None, None) => ChatTemplateSource::plain(),
+        };
+        Self::new(&source, tokenizer.special_tokens(), TemplateLimits::default())
     }
 
     /// Which shapes of `content` the template takes. Others are converted to them.
@@ -128,7 +161,7 @@ impl ChatTemplate {
         cut_at_end_mark(self.render_as(name, input, &messages)?)
     }
 
-    fn detect_format(&self, name: &str) -> MessageFormat {
+    fn detect_format(&self, name: &'static str) -> MessageFormat {
         MessageFormat::detect(|messages| {
             let input = ChatInput {
                 messages,
@@ -142,12 +175,15 @@ impl ChatTemplate {
         })
     }
 
-    fn render_as(&self, name: &str, input: &ChatInput, messages: &[Cow<Json>]) -> Result<String, TextError> {
+    fn render_as(&self, name: &'static str, input: &ChatInput, messages: &[Cow<Json>]) -> Result<String, TextError> {
         let context = self.context(input, messages)?;
-        let template = self.environment.get_template(name).map_err(|error| render_error(&error))?;
+        let environment = self.environment.clone();
         let mut output = BoundedOutput { bytes: Vec::new(), limit: self.output_bytes };
-        template.render_captured_to(context, &mut output).map_err(|error| render_error(&error))?;
-        String::from_utf8(output.bytes).map_err(|error| TextError::Render(error.to_string()))
+        self.sandbox.run(move || {
+            let template = environment.get_template(name).map_err(|error| render_error(&error))?;
+            template.render_captured_to(context, &mut output).map_err(|error| render_error(&error))?;
+            String::from_utf8(output.bytes).map_err(|error| TextError::Render(error.to_string()))
+        })?
     }
 
     /// The variables of a rendering.
@@ -174,7 +210,17 @@ impl ChatTemplate {
     }
 }
 
-fn environment(limits: TemplateLimits) -> Environment<'static> {
+/// What the engine is to compile, from what the model brings.
+fn prepare(name: &str, source: &str, limits: TemplateLimits) -> Result<String, TextError> {
+    if source.len() > limits.source_bytes {
+        let reason = format!("it has {} bytes, more than the limit of {}", source.len(), limits.source_bytes);
+        return Err(TextError::InvalidTemplate { name: name.to_owned(), reason });
+    }
+    // Jinja reads all line ends as `\n`.
+    Ok(without_generation_tags(&source.replace("\r\n", "\n")))
+}
+
+fn compile(sources: Vec<(&'static str, String)>, limits: TemplateLimits) -> Result<Environment<'static>, TextError> {
     let mut environment = Environment::new();
     let mut syntax = SyntaxConfig::builder();
     if let Ok(syntax) = syntax.trim_blocks(true).lstrip_blocks(true).build() {
@@ -187,22 +233,15 @@ fn environment(limits: TemplateLimits) -> Environment<'static> {
     environment.set_unknown_method_callback(python::call_method);
     environment.add_filter("tojson", python::to_json);
     environment.add_function("raise_exception", python::raise_exception);
-    environment
-}
-
-fn add_template(
-    environment: &mut Environment<'static>,
-    name: &'static str,
-    source: &str,
-    limits: TemplateLimits,
-) -> Result<(), TextError> {
-    let invalid = |reason: String| TextError::InvalidTemplate { name: name.to_owned(), reason };
-    if source.len() > limits.source_bytes {
-        return Err(invalid(format!("it has {} bytes, more than the limit of {}", source.len(), limits.source_bytes)));
+    // Not in Jinja, or of no use in a prompt, and they do more work than they are charged for.
+    ["chain", "zip", "pprint"].iter().for_each(|filter| environment.remove_filter(filter));
+    environment.remove_global("debug");
+    for (name, source) in sources {
+        environment
+            .add_template_owned(name, source)
+            .map_err(|error| TextError::InvalidTemplate { name: name.to_owned(), reason: error.to_string() })?;
     }
-    // Jinja reads all line ends as `\n`.
-    let source = without_generation_tags(&source.replace("\r\n", "\n"));
-    environment.add_template_owned(name, source).map_err(|error| invalid(error.to_string()))
+    Ok(environment)
 }
 
 /// `{% generation %}` … `{% endgeneration %}` mark what to train on; here they become a condition that always holds.

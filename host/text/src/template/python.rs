@@ -300,7 +300,7 @@ pub(super) fn strftime(unix_s: u64, format: &str) -> Result<String, Error> {
 
 /// Year, month, day and day of the year, all but the first from 1, of a day counted from 1970.
 fn date(days: u64) -> (u64, u64, u64, u64) {
-    let is_leap = |year: u64| year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
+    let is_leap = |year: u64| year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400));
     // Whole cycles of 400 years have 146,097 days; the years within one are few enough to count.
     let (mut year, mut rest) = (1970 + days / 146_097 * 400, days % 146_097);
     while rest >= 365 + u64::from(is_leap(year)) {

@@ -1,6 +1,6 @@
 //! Tokenizers in Hugging Face's files.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{collections::BTreeMap, panic, path::Path};
 
 use serde_json::Value;
 use tokenizers::AddedToken;
@@ -34,7 +34,10 @@ fn load(path: &Path, config: &Value, chat_template: Option<ChatTemplateSource>) 
     let file = path.display().to_string();
     let invalid =
         |error: tokenizers::Error| TextError::InvalidTokenizer { file: file.clone(), reason: error.to_string() };
-    let mut inner = tokenizers::Tokenizer::from_bytes(files::read(path)?).map_err(&invalid)?;
+    let bytes = files::read(path)?;
+    // The library panics on some malformed files.
+    let parsed = panic::catch_unwind(|| tokenizers::Tokenizer::from_bytes(bytes));
+    let mut inner = parsed.unwrap_or_else(|_| Err("malformed".into())).map_err(&invalid)?;
     // Left over from training, both would silently change prompts.
     inner.with_padding(None);
     inner.with_truncation(None).map_err(&invalid)?;

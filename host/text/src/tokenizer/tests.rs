@@ -1,5 +1,7 @@
 use std::path::Path;
 
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
 
 use super::*;
@@ -37,11 +39,10 @@ fn smollm2_special_tokens() {
 
 #[test]
 fn a_whole_is_decoded_as_the_library_decodes_it() {
+    let mut library = SMOLLM2.inner.clone();
+    library.with_decoder(Some(tokenizers::decoders::byte_level::ByteLevel::default()));
     for seed in 0..200 {
-        // Known ids only: what the library does with others is to leave them out, too.
         let ids = random_tokens(&SMOLLM2, seed);
-        let mut library = SMOLLM2.inner.clone();
-        library.with_decoder(Some(tokenizers::decoders::byte_level::ByteLevel::default()));
         assert_eq!(SMOLLM2.decode(&ids, true), library.decode(&ids, true).unwrap(), "seed {seed}");
     }
 }
@@ -126,6 +127,22 @@ fn every_known_pre_tokenizer_compiles() {
         let tokenizer = Tokenizer::from_gguf(&gguf).unwrap();
         let text = "It's 12345 O'Clock —\n\n  déjà vu!";
         assert_eq!(tokenizer.decode(&tokenizer.encode(text, false).unwrap(), false), text, "{name}");
+    }
+}
+
+#[test]
+fn long_and_odd_texts_take_linear_work() {
+    let megabyte = 1 << 20;
+    let mut rng = ChaCha8Rng::seed_from_u64(1);
+    let odd: String = (0..megabyte / 4).filter_map(|_| char::from_u32(rng.random_range(0..0x11_0000))).collect();
+    // Quadratic work would take hours for these.
+    let texts = ["a".repeat(megabyte), " ".repeat(megabyte) + "b", "\n".repeat(megabyte), "好".repeat(megabyte / 3)];
+    for text in &texts {
+        assert!(SMOLLM2.decode(&SMOLLM2.encode(text, false).unwrap(), false) == *text, "{:?}", &text[..3]);
+    }
+    for text in texts[..2].iter().chain([&odd]) {
+        let ids = BYTE_FALLBACK.encode(text, false).unwrap();
+        assert!(BYTE_FALLBACK.decode(&ids, false) == *text, "{:?}", text.chars().next());
     }
 }
 
@@ -249,4 +266,33 @@ fn broken_files_are_named() {
         let error = Tokenizer::from_folder(broken.path()).err().unwrap().to_string();
         assert!(error.contains("tokenizer.json"), "{error}");
     }
+}
+
+#[test]
+fn damaged_files_end_in_errors() {
+    let folder = folder(json!({"bos_token": "<s>", "eos_token": "</s>"}));
+    let path = folder.path().join("tokenizer.json");
+    let intact = std::fs::read(&path).unwrap();
+    let mut rng = ChaCha8Rng::seed_from_u64(7);
+    let mut refused = 0;
+    for _ in 0..500 {
+        let mut damaged = intact.clone();
+        for _ in 0..rng.random_range(1..4) {
+            let at = rng.random_range(0..damaged.len());
+            damaged[at] = b"0{}[],:\"a"[rng.random_range(0..9)];
+        }
+        std::fs::write(&path, &damaged).unwrap();
+        match Tokenizer::from_folder(folder.path()) {
+            Ok(tokenizer) => drop(tokenizer.encode("ab <s> ba", true)),
+            Err(error) => refused += usize::from(!error.is_request_error()),
+        }
+    }
+    assert!(refused > 100, "{refused}");
+    // The library panics on this.
+    write(
+        folder.path(),
+        "tokenizer.json",
+        &String::from_utf8(intact).unwrap().replace(r#""decoder":{"#, r#""decoder":5,"x":{"#),
+    );
+    assert!(matches!(Tokenizer::from_folder(folder.path()), Err(TextError::InvalidTokenizer { .. })));
 }
