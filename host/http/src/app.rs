@@ -12,7 +12,11 @@ use std::{
 
 use metrics_exporter_prometheus::PrometheusHandle;
 use serde_json::{Map, Value};
-use tokio::{sync::Semaphore, task::spawn_blocking};
+use tokio::{
+    runtime::{Handle, RuntimeFlavor},
+    sync::Semaphore,
+    task::{block_in_place, spawn_blocking},
+};
 use torus_engine::api::{AbortTarget, Engine, ModelInfo, Readiness};
 use torus_text::{ChatTemplate, Tokenizer};
 
@@ -184,6 +188,12 @@ impl App {
     pub fn abort_all(&self) -> usize {
         self.models.iter().map(|model| model.engine.abort(&AbortTarget::All)).sum()
     }
+}
+
+/// Runs `work` where it is, but lets other tasks go on elsewhere if it is large.
+pub(crate) fn in_place<T>(is_large: bool, work: impl FnOnce() -> T) -> T {
+    let can_move_others = Handle::current().runtime_flavor() == RuntimeFlavor::MultiThread;
+    if is_large && can_move_others { block_in_place(work) } else { work() }
 }
 
 /// Requests in progress, by the ids that clients know, with the ids of their sequences in the engine.

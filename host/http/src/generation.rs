@@ -13,12 +13,14 @@ use torus_openai::{CachedTokens, Usage};
 use torus_text::DetokenizeOptions;
 
 use crate::{
-    app::{ActiveGuard, App, Model},
+    app::{ActiveGuard, App, Model, in_place},
     error::ApiError,
     sampling::Sampling,
     sequence::{Finish, Sequence, SequenceParts, Update},
     text::{OutputText, TextOptions},
 };
+
+const MAX_NAMESPACE_BYTES: usize = 1024;
 
 /// What is to be generated for one prompt.
 #[derive(Clone)]
@@ -53,6 +55,19 @@ impl TextOptions {
             end_tokens: sampling.end_tokens(info),
         }
     }
+}
+
+/// The namespace of the prefix cache that a request wants. Where both keys are given, both must be shared.
+pub(crate) fn namespace(extra_key: Option<&str>, cache_salt: Option<&str>) -> Result<Option<Arc<str>>, ApiError> {
+    for (name, key) in [("extra_key", extra_key), ("cache_salt", cache_salt)] {
+        if key.is_some_and(|key| key.len() > MAX_NAMESPACE_BYTES) {
+            let message = format!("{name} may have at most {MAX_NAMESPACE_BYTES} bytes");
+            return Err(ApiError::bad_request(name, message));
+        }
+    }
+    let (key, salt) = (extra_key.unwrap_or_default(), cache_salt.unwrap_or_default());
+    // The length keeps one pair from looking like another.
+    Ok((!key.is_empty() || !salt.is_empty()).then(|| format!("{}:{key}{salt}", key.len()).into()))
 }
 
 /// Refuses more sequences than one request may have.
@@ -125,6 +140,11 @@ impl Generation {
         Ok(results)
     }
 
+    /// Writes the response to results of [`collect`](Self::collect).
+    pub fn respond<T>(&self, results: Vec<Update>, write: impl FnOnce(Vec<Update>) -> T) -> T {
+        in_place(results.iter().any(Update::is_large), || write(results))
+    }
+
     pub fn usage(&self, with_cached: bool) -> Usage {
         self.progress.usage(with_cached)
     }
@@ -186,5 +206,29 @@ impl Progress {
             completion_tokens,
             prompt_tokens_details: (with_cached && cached_tokens > 0).then_some(CachedTokens { cached_tokens }),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn namespaces_keep_tenants_apart() {
+        let of = |key, salt| namespace(key, salt).unwrap();
+        assert_eq!(of(None, None), None);
+        assert_eq!(of(Some(""), Some("")), None);
+        assert_eq!(of(Some("a"), Some("b")).as_deref(), Some("1:ab"));
+        let all = [
+            of(Some("a"), None),
+            of(None, Some("a")),
+            of(Some("a"), Some("b")),
+            of(Some("ab"), Some("")),
+            of(None, Some("ab")),
+        ];
+        for (index, namespace) in all.iter().enumerate() {
+            assert!(!all[..index].contains(namespace), "{namespace:?}");
+        }
+        assert!(namespace(Some(&"x".repeat(1025)), None).is_err());
     }
 }

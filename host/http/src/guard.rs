@@ -43,8 +43,11 @@ pub(crate) async fn identify(request: Request, next: Next) -> Response {
         let elapsed_ms = started.elapsed().as_secs_f64() * 1e3;
         if status >= 500 && status != StatusCode::SERVICE_UNAVAILABLE {
             tracing::warn!(%method, route, status, elapsed_ms, "answered");
-        } else {
+        } else if is_open(&method, &route) {
+            // Probes come every few seconds.
             tracing::debug!(%method, route, status, elapsed_ms, "answered");
+        } else {
+            tracing::info!(%method, route, status, elapsed_ms, "answered");
         }
         metrics::count_response(&route, status);
         response.headers_mut().insert(REQUEST_ID, id);

@@ -48,7 +48,15 @@ pub(crate) struct Update {
     pub elapsed_s: f64,
 }
 
+/// An update with more tokens takes long to write.
+const LARGE_TOKENS: usize = 1024;
+
 impl Update {
+    /// Whether writing it might hold up others.
+    pub fn is_large(&self) -> bool {
+        self.tokens.len() + self.prompt_logprobs.len() > LARGE_TOKENS
+    }
+
     /// Adds what came after it.
     pub fn extend(&mut self, later: Self) {
         self.text.push_str(&later.text);

@@ -27,7 +27,12 @@ use tokio::{
 };
 use tracing::Instrument;
 
-use crate::{app::App, error::ApiError, generation::Generation, sequence::Update};
+use crate::{
+    app::{App, in_place},
+    error::ApiError,
+    generation::Generation,
+    sequence::Update,
+};
 
 const DONE: &[u8] = b"data: [DONE]\n\n";
 
@@ -118,7 +123,8 @@ impl<E: Encoder> Pump<E> {
         let mut next = Some(first);
         while let Some(update) = next {
             let error = self.encoder.error(&update);
-            let written = self.encoder.update(update, events).map_err(ApiError::from);
+            let encoder = &mut self.encoder;
+            let written = in_place(update.is_large(), || encoder.update(update, events)).map_err(ApiError::from);
             if let Err(error) = error.map_or(written, Err) {
                 // Events of an unfinished answer stay valid; the error takes the place of its end.
                 let _ = write_event(&error.stream_body(), events);

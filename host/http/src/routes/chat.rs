@@ -28,13 +28,14 @@ use crate::{
 };
 
 pub(crate) async fn create(State(app): State<Arc<App>>, request: Request) -> Result<Response, ApiError> {
-    let (mut request, _body_permit) = body::read_json::<ChatRequest>(&app, request).await?;
+    let (mut request, body_permit) = body::read_json::<ChatRequest>(&app, request).await?;
     let model = Arc::clone(app.model(request.model.as_deref())?);
     let head = AnswerHead::new("chatcmpl-", "chat.completion", request.rid.as_deref(), request.model.take(), &model)?;
     let is_stream = request.stream.unwrap_or(false);
     let stream_options = request.stream_options.take().unwrap_or_default();
     let logprob_options = logprob_options(&request)?;
     let plan = plan(&app, &model, &head, logprob_options.clone(), request).await?;
+    drop(body_permit);
     let mut generation = Generation::submit(&app, &model, plan)?;
     let with_logprobs = logprob_options.output;
     if is_stream {
@@ -48,16 +49,18 @@ pub(crate) async fn create(State(app): State<Arc<App>>, request: Request) -> Res
         ));
     }
     let results = generation.collect(false).await?;
-    let choices = results.into_iter().map(|result| choice(&model, with_logprobs, result));
-    let completion = ChatCompletion {
-        id: &head.id,
-        object: head.object,
-        created: head.created_s,
-        model: &head.model,
-        choices: choices.collect(),
-        usage: generation.usage(app.enable_cache_report),
-    };
-    Ok(Json(completion).into_response())
+    Ok(generation.respond(results, |results| {
+        let choices = results.into_iter().map(|result| choice(&model, with_logprobs, result));
+        let completion = ChatCompletion {
+            id: &head.id,
+            object: head.object,
+            created: head.created_s,
+            model: &head.model,
+            choices: choices.collect(),
+            usage: generation.usage(app.enable_cache_report),
+        };
+        Json(completion).into_response()
+    }))
 }
 
 fn logprob_options(request: &ChatRequest) -> Result<LogprobOptions, ApiError> {
@@ -99,7 +102,7 @@ async fn plan(
         max_new_tokens,
         text: Arc::new(TextOptions::new(&sampling, &info, continues_text)),
         logprobs,
-        namespace: request.extra_key.or(request.cache_salt).map(Arc::from),
+        namespace: generation::namespace(request.extra_key.as_deref(), request.cache_salt.as_deref())?,
         sequence_ids: sequence_ids.clone(),
         sampling: Arc::new(sampling),
     };

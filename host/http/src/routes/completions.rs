@@ -17,7 +17,7 @@ use torus_openai::{
 
 use super::{AnswerHead, tokens_per_update};
 use crate::{
-    app::{App, Model},
+    app::{App, Model, in_place},
     body,
     error::ApiError,
     generation::{self, Generation, Plan, PromptPlan},
@@ -28,14 +28,18 @@ use crate::{
     text::TextOptions,
 };
 
+/// Prompts of this many tokens are quickly decoded.
+const INLINE_TOKENS: usize = 8192;
+
 pub(crate) async fn create(State(app): State<Arc<App>>, request: Request) -> Result<Response, ApiError> {
-    let (mut request, _body_permit) = body::read_json::<CompletionRequest>(&app, request).await?;
+    let (mut request, body_permit) = body::read_json::<CompletionRequest>(&app, request).await?;
     let model = Arc::clone(app.model(request.model.as_deref())?);
     let head = AnswerHead::new("cmpl-", "text_completion", request.rid.as_deref(), request.model.take(), &model)?;
     let is_stream = request.stream.unwrap_or(false);
     let stream_options = request.stream_options.take().unwrap_or_default();
     let with_logprobs = request.logprobs.is_some();
     let (plan, echoes) = plan(&app, &model, &head, request).await?;
+    drop(body_permit);
     let n = plan.prompts.first().map_or(1, |prompt| prompt.sequence_ids.len());
     let mut generation = Generation::submit(&app, &model, plan)?;
     let writer = CompletionWriter { model, with_logprobs, n, echoes };
@@ -47,15 +51,17 @@ pub(crate) async fn create(State(app): State<Arc<App>>, request: Request) -> Res
         return Ok(sse::respond(&app, generation, encoder));
     }
     let results = generation.collect(false).await?;
-    let completion = Completion {
-        id: &head.id,
-        object: head.object,
-        created: head.created_s,
-        model: &head.model,
-        choices: results.into_iter().map(|result| writer.choice(result)).collect(),
-        usage: generation.usage(app.enable_cache_report),
-    };
-    Ok(Json(completion).into_response())
+    Ok(generation.respond(results, |results| {
+        let completion = Completion {
+            id: &head.id,
+            object: head.object,
+            created: head.created_s,
+            model: &head.model,
+            choices: results.into_iter().map(|result| writer.choice(result)).collect(),
+            usage: generation.usage(app.enable_cache_report),
+        };
+        Json(completion).into_response()
+    }))
 }
 
 /// The text of each prompt, if it is to be repeated.
@@ -88,10 +94,10 @@ async fn plan(
     let info = model.ready_info()?;
     let sampling = Arc::new(Sampling::new(request.take_sampling(), Api::Completion, &model.defaults, &info)?);
     let prompt = request.prompt.ok_or_else(|| ApiError::bad_request("prompt", "prompt: Field required"))?;
-    let (prompts, echoes) = encode(app, model, &info, prompt, echo).await?;
+    let (prompts, texts) = encode(app, model, &info, prompt).await?;
     generation::check_sequences(app, prompts.len(), sampling.n)?;
     let text = Arc::new(TextOptions::new(&sampling, &info, true));
-    let namespace: Option<Arc<str>> = request.extra_key.or(request.cache_salt).map(Arc::from);
+    let namespace = generation::namespace(request.extra_key.as_deref(), request.cache_salt.as_deref())?;
     let total = prompts.len() * sampling.n;
     let mut plans = Vec::with_capacity(prompts.len());
     for (index, tokens) in prompts.into_iter().enumerate() {
@@ -107,31 +113,37 @@ async fn plan(
     }
     let request_ids = vec![(head.id.clone(), head.sequence_ids(0..total, total))];
     let tokens_per_update = tokens_per_update(app, request.stream.unwrap_or(false), None);
+    // Only now that the prompts are known to fit.
+    let echoes = echo.then(|| texts.map_or_else(|| decode(model, &plans), |texts| texts.to_vec()));
     Ok((Plan { request_ids, prompts: plans, tokens_per_update }, echoes))
 }
 
+/// The tokens of the prompts, and their texts if they came as such.
 async fn encode(
     app: &App,
     model: &Model,
     info: &ModelInfo,
     prompt: Prompt,
-    echo: bool,
-) -> Result<(Vec<Arc<[u32]>>, Echoes), ApiError> {
+) -> Result<(Vec<Arc<[u32]>>, Option<Arc<[String]>>), ApiError> {
     match prompt {
         Prompt::Text(texts) => {
             let texts: Arc<[String]> = OneOrMany::into_vec(texts).into();
-            let tokens = prompt::encode_texts(app, model, info, "prompt", Arc::clone(&texts)).await?;
-            Ok((tokens, echo.then(|| texts.to_vec())))
+            Ok((prompt::encode_texts(app, model, info, "prompt", Arc::clone(&texts)).await?, Some(texts)))
         }
         Prompt::Tokens(prompts) => {
             for ids in prompts.as_slice() {
                 prompt::check_ids(ids, "prompt", info)?;
             }
-            let decode = |ids: &Vec<u32>| model.tokenizer.decode(ids, true);
-            let echoes = echo.then(|| prompts.as_slice().iter().map(decode).collect());
-            Ok((prompts.as_slice().iter().map(|ids| Arc::from(ids.as_slice())).collect(), echoes))
+            Ok((prompts.as_slice().iter().map(|ids| Arc::from(ids.as_slice())).collect(), None))
         }
     }
+}
+
+/// The texts of prompts that came as tokens.
+fn decode(model: &Model, plans: &[PromptPlan]) -> Vec<String> {
+    let total: usize = plans.iter().map(|plan| plan.tokens.len()).sum();
+    let decode = || plans.iter().map(|plan| model.tokenizer.decode(&plan.tokens, true)).collect();
+    in_place(total > INLINE_TOKENS, decode)
 }
 
 /// What complete and streamed answers are written with.

@@ -28,12 +28,13 @@ use crate::{
 };
 
 pub(crate) async fn create(State(app): State<Arc<App>>, request: Request) -> Result<Response, ApiError> {
-    let (request, _body_permit) = body::read_json::<GenerateRequest>(&app, request).await?;
+    let (request, body_permit) = body::read_json::<GenerateRequest>(&app, request).await?;
     let model = Arc::clone(app.model(request.model.as_deref())?);
     let is_stream = request.stream.unwrap_or(false);
     let is_incremental = request.stream_output.unwrap_or(app.stream_output);
     let with_text = request.return_text_in_logprobs.unwrap_or(true);
     let (plan, shape) = plan(&app, &model, request).await?;
+    drop(body_permit);
     let outputs = outputs(&plan, &shape);
     let is_batch = shape.is_batch;
     let mut generation = Generation::submit(&app, &model, plan)?;
@@ -42,16 +43,7 @@ pub(crate) async fn create(State(app): State<Arc<App>>, request: Request) -> Res
         return Ok(sse::respond(&app, generation, writer));
     }
     let results = generation.collect(is_batch).await?;
-    let mut body = Vec::new();
-    for (index, result) in results.into_iter().enumerate() {
-        body.push(if index == 0 { b'[' } else { b',' });
-        writer.write(result, false, &mut body)?;
-    }
-    if is_batch {
-        body.push(b']');
-    } else {
-        body.remove(0);
-    }
+    let body = generation.respond(results, |results| writer.write_all(results))?;
     Ok(([(header::CONTENT_TYPE, HeaderValue::from_static("application/json"))], body).into_response())
 }
 
@@ -94,7 +86,7 @@ async fn plan(app: &App, model: &Model, request: GenerateRequest) -> Result<(Pla
         let sequence_ids: Vec<String> =
             if n == 1 { vec![rid.clone()] } else { (0..n).map(|copy| format!("{rid}_{copy}")).collect() };
         plan.request_ids.push((rid, sequence_ids.clone()));
-        let extra_key = request.extra_key.as_ref().and_then(|keys| keys.get(index));
+        let extra_key = request.extra_key.as_ref().and_then(|keys| keys.get(index)).map(String::as_str);
         plan.prompts.push(PromptPlan {
             sequence_ids,
             max_new_tokens: sampling.fit(tokens.len(), param, &info)?,
@@ -102,7 +94,7 @@ async fn plan(app: &App, model: &Model, request: GenerateRequest) -> Result<(Pla
             text: Arc::new(TextOptions::new(&sampling, &info, true)),
             sampling,
             logprobs,
-            namespace: extra_key.map(|key| Arc::from(key.as_str())),
+            namespace: generation::namespace(extra_key, None)?,
         });
     }
     if let Some(base) = rids.base {
@@ -267,6 +259,21 @@ struct GenerateWriter {
 }
 
 impl GenerateWriter {
+    /// A complete answer: a list of outputs, or the only one.
+    fn write_all(&mut self, results: Vec<Update>) -> serde_json::Result<Vec<u8>> {
+        let mut body = Vec::new();
+        for (index, result) in results.into_iter().enumerate() {
+            if self.is_batch {
+                body.push(if index == 0 { b'[' } else { b',' });
+            }
+            self.write(result, false, &mut body)?;
+        }
+        if self.is_batch {
+            body.push(b']');
+        }
+        Ok(body)
+    }
+
     /// Adds the prompt's logprobs to an output.
     fn add_prompt(&mut self, update: &Update) -> serde_json::Result<()> {
         let Some(output) = self.outputs.get_mut(update.index) else { return Ok(()) };

@@ -60,6 +60,7 @@ pub(crate) async fn server_info(State(app): State<Arc<App>>) -> Result<Json<Map<
     info.insert("max_total_num_tokens".to_owned(), json!(first.as_ref().map(|info| info.max_total_tokens)));
     info.insert("max_req_input_len".to_owned(), json!(longest));
     info.insert("internal_states".to_owned(), app.models.iter().map(|model| internal_state(model)).collect());
+    info.insert("weight_bytes".to_owned(), json!(first.as_ref().map(|info| info.weight_bytes)));
     info.insert("version".to_owned(), env!("CARGO_PKG_VERSION").into());
     Ok(Json(info))
 }

@@ -10,6 +10,7 @@ fn info() -> ModelInfo {
         max_total_tokens: 80,
         max_running_requests: 4,
         page_size: 16,
+        weight_bytes: 0,
         dtype: "float32".into(),
         attention_backend: "native".into(),
         device: "cpu".into(),

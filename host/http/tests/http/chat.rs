@@ -198,11 +198,11 @@ async fn conversations() {
         {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
         {"role": "assistant", "content": "Once"},
     ]);
-    let body = json!({"messages": messages, "continue_final_message": true, "extra_key": "tenant"});
+    let body = json!({"messages": messages, "continue_final_message": true, "extra_key": "tenant", "cache_salt": "s"});
     server.ask(PATH, body).await;
     let request = &server.engine.submitted()[0];
     let prompt: String =
         request.prompt.iter().filter_map(|id| char::from_u32(*id).filter(|char| *char < '\u{100}')).collect();
     assert_eq!(prompt, "system\nS\nuser\na\nb\nassistant\nOnce");
-    assert_eq!(request.namespace.as_deref(), Some("tenant"));
+    assert_eq!(request.namespace.as_deref(), Some("6:tenants"));
 }

@@ -76,6 +76,7 @@ impl MockEngine {
             max_total_tokens: 1600,
             max_running_requests: 8,
             page_size: 16,
+            weight_bytes: 0,
             dtype: "float32".into(),
             attention_backend: "native".into(),
             device: "cpu".into(),

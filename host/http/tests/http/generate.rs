@@ -111,7 +111,7 @@ async fn batches() {
     assert_eq!(outputs, [(json!("a"), json!("r_0")), (json!("ab"), json!("r_1"))]);
     let namespaces: Vec<_> =
         server.engine.submitted().iter().map(|request| request.namespace.clone().unwrap()).collect();
-    assert_eq!(namespaces, ["k".into(), "l".into()]);
+    assert_eq!(namespaces, ["1:k".into(), "1:l".into()]);
 
     let mut body = body;
     body["stream"] = json!(true);
@@ -157,6 +157,28 @@ async fn logprobs() {
     let last = server.stream(PATH, body).await.pop().unwrap();
     assert_eq!(last["meta_info"]["input_token_logprobs"].as_array().unwrap().len(), 2);
     assert_eq!(last["meta_info"]["output_token_logprobs"].as_array().unwrap().len(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn large_answers_are_whole() {
+    let server = TestServer::start().await;
+    server.engine.set_info(|info| {
+        info.context_length = 10_000;
+        info.max_total_tokens = 10_000;
+    });
+    let prompt = vec![97; 5_000];
+    let mut body = json!({"input_ids": prompt, "return_logprob": true, "logprob_start_len": 0, "stream": false,
+        "sampling_params": {"max_new_tokens": 2_000, "ignore_eos": true}});
+    let output = server.ask(PATH, body.clone()).await;
+    body["stream"] = json!(true);
+    let last = server.stream(PATH, body).await.pop().unwrap();
+    for output in [output, last] {
+        assert_eq!(output["output_ids"].as_array().unwrap().len(), 2_000);
+        assert_eq!(output["meta_info"]["input_token_logprobs"].as_array().unwrap().len(), 5_000);
+        assert_eq!(output["meta_info"]["output_token_logprobs"].as_array().unwrap().len(), 2_000);
+    }
+    let echo = server.ask("/v1/completions", json!({"prompt": vec![98; 9_000], "echo": true, "max_tokens": 1})).await;
+    assert_eq!(echo["choices"][0]["text"].as_str().unwrap().len(), 9_001);
 }
 
 #[tokio::test]

@@ -89,7 +89,7 @@ async fn a_client_that_does_not_read_is_cut_off() {
 
 #[tokio::test]
 async fn time_runs_out() {
-    let limited = |config: &mut torus_http::ServerConfig| config.request_timeout = Some(Duration::from_millis(200));
+    let limited = |config: &mut torus_http::ServerConfig| config.request_timeout = Some(Duration::from_millis(500));
     let server = TestServer::with(gated(), limited).await;
     let (status, error) = server.refused("/v1/completions", &json!({"prompt": "Hi"})).await;
     assert_eq!((status, &error["type"]), (504, &json!("TimeoutError")));
