@@ -194,6 +194,8 @@ pub struct ModelInfo {
     pub max_running_requests: usize,
     pub page_size: usize,
     pub dtype: String,
+    /// Bytes of weights that a step reads from memory, whatever its size: all but an embedding that is only looked up.
+    pub weight_bytes: u64,
     pub attention_backend: String,
     pub device: String,
     pub end_token_ids: Vec<u32>,

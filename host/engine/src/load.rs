@@ -137,6 +137,7 @@ pub(crate) fn load(config: &EngineConfig, shared: &Shared) -> Result<Loaded, Sta
         max_running_requests: plan.max_running,
         page_size: plan.page_size as usize,
         dtype: activations.to_string(),
+        weight_bytes: assembler.weight_bytes_per_step(),
         attention_backend: attention.name().to_owned(),
         device: target.device.kind().to_owned(),
         end_token_ids: end_tokens.clone(),

@@ -5,7 +5,7 @@ use torus_abi::{
     DType, TensorType,
     attention::{AttentionAnswer, AttentionQuery, EmitAttention},
     fragment::{Fragment, Operand, WeightHandle},
-    model::{EmitModel, ModelDescription, ModelPart, StateHandle},
+    model::{EmitModel, ModelDescription, ModelPart, StateHandle, WeightRole},
     step::{StepInput, StepShape},
 };
 use torus_hlo::{
@@ -96,6 +96,14 @@ impl Assembler {
 
     pub fn storage(&self, index: usize) -> Storage {
         imports::storage(&self.description.weights[index], self.matrices)
+    }
+
+    /// Bytes of the weights that a step reads whole.
+    pub fn weight_bytes_per_step(&self) -> u64 {
+        let weights = self.description.weights.iter().enumerate();
+        let read_whole = weights.filter(|(_, spec)| spec.role != WeightRole::Embed);
+        let parts = read_whole.flat_map(|(index, _)| self.weight_handle(index).parts);
+        parts.filter_map(|part| part.bytes()).sum()
     }
 
     /// The arguments of every program but the step buffer. They are the same for all buckets.
