@@ -2,4 +2,7 @@
 
 mod architecture;
 mod engine;
+mod http;
+mod openai_client;
+mod server;
 mod support;

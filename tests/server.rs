@@ -1,0 +1,113 @@
+//! A `torus serve` process, as its users run it.
+
+use std::{
+    io::{BufRead, BufReader},
+    path::PathBuf,
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use serde_json::Value;
+
+use crate::support::{fetched, smollm2};
+
+/// The folder of this profile: `target/release`.
+pub fn built() -> PathBuf {
+    let test = std::env::current_exe().unwrap();
+    test.parent().and_then(|deps| deps.parent()).unwrap().to_owned()
+}
+
+/// The binary, which `make test` builds before the tests.
+pub fn torus() -> PathBuf {
+    let binary = built().join("torus");
+    assert!(binary.exists(), "{} is missing: run 'cargo build --release -p torus-app'", binary.display());
+    binary
+}
+
+/// The shared library of a stock plugin, which `cargo test` builds as an example.
+pub fn stock_library(name: &str) -> PathBuf {
+    let library = built().join("examples").join(format!("lib{name}.so"));
+    assert!(library.exists(), "{} is missing: run 'cargo build --release --examples'", library.display());
+    library
+}
+
+/// A running server. Killed when dropped.
+pub struct Server {
+    child: Child,
+    pub url: String,
+    pub client: reqwest::Client,
+}
+
+pub const MODEL: &str = "SmolLM2-135M-Instruct";
+
+impl Server {
+    /// Starts a server on a free port with the small model in float32, and waits until it is ready.
+    pub async fn start(options: &[&str]) -> Self {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        drop(listener);
+        let mut command = Command::new(torus());
+        command.args(["serve", "--served-model-name", MODEL, "--host", "127.0.0.1", "--dtype", "float32"]);
+        command.args(["--max-total-tokens", "16384", "--chunked-prefill-size", "64", "--max-running-requests", "16"]);
+        command.arg("--model-path").arg(smollm2()).args(["--port", &port.to_string()]).args(options);
+        command.env("TORUS_CACHE", fetched("models").parent().unwrap());
+        let mut child = command.stdin(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let log = BufReader::new(child.stderr.take().unwrap());
+        // The log is shown with the test's output if the test fails.
+        std::thread::spawn(move || log.lines().map_while(Result::ok).for_each(|line| println!("{line}")));
+        let server = Self { child, url: format!("http://127.0.0.1:{port}"), client: reqwest::Client::new() };
+        server.wait_until_ready().await
+    }
+
+    async fn wait_until_ready(mut self) -> Self {
+        let started = Instant::now();
+        loop {
+            assert!(self.child.try_wait().unwrap().is_none(), "the server ended before it was ready");
+            if let Ok(response) = self.client.get(format!("{}/health", self.url)).send().await
+                && response.status().is_success()
+            {
+                return self;
+            }
+            assert!(started.elapsed() < Duration::from_secs(600), "the server is not ready");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    pub async fn post(&self, path: &str, body: &Value) -> reqwest::Response {
+        self.client.post(format!("{}{path}", self.url)).json(body).send().await.unwrap()
+    }
+
+    pub async fn post_json(&self, path: &str, body: &Value) -> Value {
+        let response = self.post(path, body).await;
+        let (status, text) = (response.status(), response.text().await.unwrap());
+        assert!(status.is_success(), "{status}: {text}");
+        serde_json::from_str(&text).unwrap()
+    }
+
+    pub async fn get_json(&self, path: &str) -> Value {
+        self.client.get(format!("{}{path}", self.url)).send().await.unwrap().json().await.unwrap()
+    }
+
+    pub async fn get_text(&self, path: &str) -> String {
+        self.client.get(format!("{}{path}", self.url)).send().await.unwrap().text().await.unwrap()
+    }
+
+    /// The state of the engine, as `/get_server_info` shows it.
+    pub async fn state(&self) -> Value {
+        self.get_json("/get_server_info").await["internal_states"][0].clone()
+    }
+
+    /// Asks the process to end and gives its exit code.
+    pub fn terminate(mut self) -> Option<i32> {
+        let id = self.child.id().to_string();
+        assert!(Command::new("kill").args(["-TERM", &id]).status().unwrap().success());
+        self.child.wait().unwrap().code()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
