@@ -11,6 +11,8 @@
 #![forbid(unsafe_code)]
 
 mod graph;
+#[cfg(test)]
+mod tests;
 
 use torus_abi::{
     DType, TensorType,
