@@ -9,10 +9,10 @@ pub mod refuse;
 mod serve;
 mod values;
 
-pub use engine::{DeviceArgs, EngineArgs, PluginArgs};
+pub use engine::{EngineArgs, ModelArgs, PluginArgs, ScheduleArgs};
 pub use generate::GenerateArgs;
-pub use serve::{HttpArgs, ServeArgs};
-pub use values::{Device, Dtype, LogArgs, LogFormat, LogLevel, Policy};
+pub use serve::ServeArgs;
+pub use values::{ChunkSize, Device, Dtype, LogArgs, LogFormat, LogLevel, Policy};
 
 use std::path::PathBuf;
 

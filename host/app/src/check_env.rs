@@ -146,7 +146,11 @@ fn memory(limits: &Limits) -> Fact {
         of(limits.cgroup_available_bytes)
     );
     if left < LITTLE {
-        return Fact::poor("memory", value, "enough for the smallest models only; end other processes or raise the limit");
+        return Fact::poor(
+            "memory",
+            value,
+            "enough for the smallest models only; end other processes or raise the limit",
+        );
     }
     Fact::good("memory", value)
 }

@@ -11,9 +11,13 @@
 mod args;
 mod cache_dir;
 mod check_env;
+mod engine;
+mod generate;
 mod limits;
 mod logging;
+mod model;
 mod plugins;
+mod serve;
 mod version;
 
 use std::process::ExitCode;
@@ -57,7 +61,8 @@ pub fn main() -> ExitCode {
 
 fn run(command: Command, limits: &Limits) -> anyhow::Result<ExitCode> {
     match command {
-        Command::Serve(_) | Command::Generate(_) => Ok(ExitCode::FAILURE),
+        Command::Serve(args) => serve::run(&args, limits),
+        Command::Generate(args) => generate::run(&args, limits),
         Command::Plugins(command) => plugins::run(&command),
         Command::CheckEnv(args) => check_env::run(&args, limits),
         Command::Bench(bench) => torus_bench::run(bench).map(|()| ExitCode::SUCCESS),

@@ -248,12 +248,9 @@ impl Core {
         if self.is_to_fail(&batch) {
             return Err(PjrtError::Invalid("this step was told to fail".into()));
         }
-        let program = match rows {
-            Rows::All => &self.loaded.prompt_logprobs,
-            Rows::Sampled => &self.loaded.buckets[bucket],
-        };
         self.watchdog.begin();
-        let copy = self.loaded.state.step(&program.executable, &bytes)?;
+        let executable = self.loaded.program(rows, bucket).executable.clone();
+        let copy = self.loaded.state.step(&executable, &bytes)?;
         self.stats.launched(batch.tokens(), padding);
         self.profiler.record("prepare", started, Instant::now(), batch.tokens());
         self.in_flight.push_back(InFlight { batch, copy, rows, launched: Instant::now() });
@@ -299,6 +296,8 @@ impl Core {
     fn finish_oldest(&mut self) {
         let Some(step) = self.in_flight.pop_front() else { return };
         let waited_from = Instant::now();
+        // If it is not the first of two, it is watched from here on.
+        self.watchdog.begin();
         let outcome = step.copy.wait();
         self.watchdog.end();
         self.profiler.record("step", step.launched, Instant::now(), step.batch.tokens());

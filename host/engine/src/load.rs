@@ -58,7 +58,7 @@ fn invalid(field: &'static str, message: impl Into<String>) -> StartError {
 /// One compiled bucket.
 pub(crate) struct Bucket {
     pub layout: StepLayout,
-    pub executable: LoadedExecutable,
+    pub executable: Arc<LoadedExecutable>,
 }
 
 impl Bucket {
@@ -87,6 +87,16 @@ pub(crate) struct Loaded {
     pub pages: Vec<Vec<u32>>,
     /// Entries of the table that the next step buffer brings.
     pub pending_pages: Vec<(u32, i32)>,
+}
+
+impl Loaded {
+    /// The program of a step: of a bucket, or the one for logprobs of prompt tokens.
+    pub fn program(&self, rows: Rows, bucket: usize) -> &Bucket {
+        match rows {
+            Rows::All => &self.prompt_logprobs,
+            Rows::Sampled => &self.buckets[bucket],
+        }
+    }
 }
 
 /// Prompt tokens of a step that gives logprobs of all of them.
@@ -345,7 +355,7 @@ fn compile(
     let make = |(tokens, rows): &(usize, Rows)| -> Result<Bucket, StartError> {
         let program = assembler.program(plan.shape(*tokens, plan.max_running), *rows)?;
         let executable = compiler.compile(&format!("step of {tokens} tokens"), &program.text)?;
-        Ok(Bucket { layout: program.layout, executable })
+        Ok(Bucket { layout: program.layout, executable: Arc::new(executable) })
     };
     let done = |done| {
         shared.set_readiness(Readiness::Compiling { done, total });

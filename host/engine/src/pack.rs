@@ -35,11 +35,9 @@ pub(crate) fn pack(
     let rows = if batch.rows.iter().any(wants_all) { Rows::All } else { Rows::Sampled };
     let fitting = loaded.buckets.iter().position(|bucket| bucket.tokens() >= tokens);
     let bucket = fitting.unwrap_or(loaded.buckets.len() - 1);
-    load_new_pages(batch, loaded)?;
-    let program = match rows {
-        Rows::All => &loaded.prompt_logprobs,
-        Rows::Sampled => &loaded.buckets[bucket],
-    };
+    let deltas = loaded.program(rows, bucket).layout.deltas;
+    load_new_pages(batch, loaded, deltas)?;
+    let program = loaded.program(rows, bucket);
     let padding = program.tokens() - tokens;
     let buffer = StepBuffer::new(&program.layout, loaded.max_running as i32, loaded.vocab as i32);
     let mut packer = Packer { buffer, loaded, rows, token: 0 };
@@ -54,8 +52,9 @@ pub(crate) fn pack(
     Ok(Packed { bytes: packer.buffer.bytes(), bucket, rows, padding })
 }
 
-/// Notes the pages that came to each sequence, and puts them into the device's table.
-fn load_new_pages(batch: &Batch, loaded: &mut Loaded) -> Result<(), PjrtError> {
+/// Notes the pages that came to each sequence, and puts them into the device's table: with the step buffer, which has
+/// room for `room` of them, or before.
+fn load_new_pages(batch: &Batch, loaded: &mut Loaded, room: usize) -> Result<(), PjrtError> {
     let mut entries = Vec::new();
     for row in &batch.rows {
         let slot = row.slot.0 as usize;
@@ -71,7 +70,6 @@ fn load_new_pages(batch: &Batch, loaded: &mut Loaded) -> Result<(), PjrtError> {
     }
     // Most steps bring a page or two, which travel in the step buffer; a long cached prefix does not fit there.
     loaded.pending_pages = entries;
-    let room = loaded.buckets.first().map_or(0, |bucket| bucket.layout.deltas);
     if loaded.pending_pages.len() > room {
         let entries = std::mem::take(&mut loaded.pending_pages);
         loaded.state.load_pages(&entries)?;

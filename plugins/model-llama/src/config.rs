@@ -149,7 +149,7 @@ fn check_heads(fields: &Fields) -> Result<[u64; 3], Fault> {
             return invalid(format!("hidden_size {hidden} is no multiple of num_attention_heads {q_heads}"));
         }
     };
-    if head_dim == 0 || head_dim % 2 != 0 || head_dim > 1 << 16 {
+    if head_dim == 0 || !head_dim.is_multiple_of(2) || head_dim > 1 << 16 {
         return invalid(format!("head_dim {head_dim} must be even and positive"));
     }
     Ok([q_heads, kv_heads, head_dim])

@@ -44,9 +44,9 @@ pub struct ModelArgs {
     /// Accepted and without effect: code in a model's folder is never run, whatever this says
     #[arg(long)]
     pub trust_remote_code: bool,
-    /// Jinja file with the chat template, instead of the model's own
+    /// Jinja file with the chat template instead of the model's own, or the name of a built-in one: chatml, plain
     #[arg(long, value_name = "FILE")]
-    pub chat_template: Option<PathBuf>,
+    pub chat_template: Option<String>,
 }
 
 #[derive(Clone, Debug, clap::Args)]

@@ -207,7 +207,6 @@ const KNOWN: &[(&str, &[&str])] = &[
     ("a trace of intermediate tensors is not supported yet; leave it out", &["--enable-precision-tracer"]),
     ("one warm-up request is sent, and --skip-server-warmup leaves it out; others are not supported", &["--warmups"]),
     ("this server keeps no files of clients; leave it out", &["--file-storage-path"]),
-    ("events carry the whole text so far or its end, as each endpoint says; leave it out", &["--stream-output"]),
     (
         "there is one process, which sleeps when idle; leave it out",
         &["--sleep-on-idle", "--enable-single-process", "--enable-engine-loop-run-forever-daemon"],

@@ -45,6 +45,12 @@ pub struct HttpArgs {
     /// Tokens between two events of a stream
     #[arg(long, value_name = "TOKENS", default_value_t = 1, value_parser = positive)]
     pub stream_interval: usize,
+    /// Streams of /generate send only what is new, not everything so far, unless a request chooses
+    #[arg(long)]
+    pub stream_output: bool,
+    /// Origin whose scripts may use the server from a browser, '*' for all; may be given several times
+    #[arg(long = "allowed-origin", value_name = "ORIGIN")]
+    pub allowed_origins: Vec<String>,
     /// JSON object with sampling parameters for requests that do not set them
     #[arg(long, value_name = "JSON")]
     pub preferred_sampling_params: Option<String>,

@@ -63,7 +63,7 @@ fn model_options() {
     assert_eq!(model.tokenizer_path.as_deref(), Some("t".as_ref()));
     assert_eq!((model.context_length, model.dtype), (Some(4096), Dtype::Float32));
     assert_eq!((model.revision.as_deref(), model.download_dir.as_deref()), (Some("r"), Some("d".as_ref())));
-    assert_eq!(model.chat_template.as_deref(), Some("c.jinja".as_ref()));
+    assert_eq!(model.chat_template.as_deref(), Some("c.jinja"));
     assert!(refuses("--context-length 0").contains("--context-length"));
     assert!(refuses("--dtype int4").contains("--dtype"));
 }
@@ -116,7 +116,7 @@ fn plugin_options() {
 fn http_options() {
     let args = serve(
         "--host 0.0.0.0 --port 1 --api-key k --served-model-name a --served-model-name b --enable-cache-report \
-         --stream-interval 4 --request-timeout 1.5 --skip-server-warmup --shutdown-grace-seconds 0 \
+         --stream-interval 4 --stream-output --allowed-origin * --request-timeout 1.5 --skip-server-warmup --shutdown-grace-seconds 0 \
          --preferred-sampling-params {\"temperature\":0}",
     );
     let http = &args.http;
@@ -124,7 +124,8 @@ fn http_options() {
     assert_eq!((http.served_model_name.as_slice(), http.stream_interval), (["a", "b"].map(String::from).as_slice(), 4));
     assert_eq!(http.request_timeout, Some(Duration::from_millis(1_500)));
     assert_eq!(http.shutdown_grace_seconds, Duration::ZERO);
-    assert!(http.enable_cache_report && http.skip_server_warmup);
+    assert!(http.enable_cache_report && http.skip_server_warmup && http.stream_output);
+    assert_eq!(http.allowed_origins, ["*"]);
     assert_eq!(http.preferred_sampling_params.as_deref(), Some("{\"temperature\":0}"));
     assert_eq!(serve("--host localhost").http.host.to_string(), "127.0.0.1");
     assert!(refuses("--host example").contains("--host"));

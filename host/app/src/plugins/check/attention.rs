@@ -305,3 +305,61 @@ fn element(dtype: DType) -> ElementType {
         DType::F64 => ElementType::F64,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use torus_plugins::{Plugin, Registry};
+
+    use super::*;
+
+    fn runner() -> Runner {
+        let runner = Runner::new(&CacheDir::new(None).unwrap(), None);
+        runner.unwrap_or_else(|error| panic!("{error:#}; run .make/setup.sh test"))
+    }
+
+    fn native() -> std::sync::Arc<Plugin> {
+        let registry = Registry::linked().unwrap();
+        registry.plugins().iter().find(|plugin| plugin.name() == "native").unwrap().clone()
+    }
+
+    #[test]
+    fn the_stock_backend_computes_plain_attention() {
+        let (plugin, runner) = (native(), runner());
+        for case in cases() {
+            match check_case(plugin.attention().unwrap(), &case, Some(&runner)) {
+                Ok(Outcome::Served(_)) => {}
+                Ok(Outcome::Refused(reason)) => panic!("{}: refused: {reason}", case.name),
+                Err(error) => panic!("{}: {error:#}", case.name),
+            }
+        }
+    }
+
+    #[test]
+    fn a_backend_that_computes_something_else_is_found_out() {
+        let (plugin, runner) = (native(), runner());
+        let backend = plugin.attention().unwrap();
+        let mut case = cases().remove(0);
+        let target = Target { platform: "cpu".to_owned(), device_kind: "cpu".to_owned() };
+        let query = |spec: &AttentionSpec| AttentionQuery {
+            spec: spec.clone(),
+            dtype: DType::F32,
+            kv_dtype: DType::F32,
+            shape: SHAPE,
+            target: target.clone(),
+        };
+        let answer = backend.query(&query(&case.spec)).unwrap();
+        let package = backend.emit(&EmitAttention { kind: 0, query: query(&case.spec) }).unwrap();
+        let text = program("native", &package.fragment, &case, &answer).unwrap();
+        // What was emitted knows of no window.
+        case.spec.window = Some(3);
+        assert!(runner.largest_difference(&text, &case, &answer).unwrap() > 0.01);
+    }
+
+    #[test]
+    fn numbers_are_spread_over_the_range() {
+        let mut state = 1;
+        let numbers: Vec<_> = (0..1_000).map(|_| uniform(&mut state)).collect();
+        assert!(numbers.iter().all(|number| (-1.0..1.0).contains(number)));
+        assert!((numbers.iter().sum::<f32>() / 1_000.0).abs() < 0.1);
+    }
+}

@@ -41,3 +41,20 @@ fn refusal(check: &str, outcome: Result<(), CallError>, findings: &mut Findings)
         Err(error) => findings.failed(check, error),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use torus_plugins::Registry;
+
+    use super::*;
+
+    #[test]
+    fn the_stock_model_refuses_what_is_no_model_in_its_own_words() {
+        let registry = Registry::linked().unwrap();
+        let plugin = registry.plugins().iter().find(|plugin| plugin.name() == "llama").unwrap();
+        let mut findings = Findings::default();
+        check(plugin, plugin.model().unwrap(), &mut findings);
+        assert_eq!(findings.0.len(), 3, "{findings:?}");
+        assert!(findings.all_passed(), "{findings:?}");
+    }
+}

@@ -1,0 +1,47 @@
+# Torus from an empty machine: each target installs what is missing, fetches the pinned files it needs, and builds.
+#
+#   make build    target/release/torus
+#   make serve    builds, and serves SmolLM2-135M-Instruct on 127.0.0.1:30000 (ARGS="--port 8000 …" for more options)
+#   make test     all tests
+#   make lint     formatting and clippy
+#   make bench    a short bench of the small model against the memory bandwidth of this machine
+#   make setup    only what the tests need besides Rust
+#   make clean    removes what was built, and keeps what was fetched
+
+SHELL := /bin/bash
+export PATH := $(PATH):$(HOME)/.cargo/bin
+
+cache := $(or $(TORUS_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/torus)
+model := $(cache)/models/SmolLM2-135M-Instruct.Q4_1.gguf
+torus := target/release/torus
+
+.DEFAULT_GOAL := help
+.PHONY: help setup build serve test lint bench clean
+
+help:
+	@sed -n 's/^#   \(make\)/  \1/p' Makefile
+
+setup:
+	.make/setup.sh test
+
+build:
+	.make/setup.sh build
+	cargo build --release --locked --package torus-app
+
+serve: build
+	$(torus) serve --model-path $(model) --served-model-name SmolLM2-135M-Instruct --host 127.0.0.1 --port 30000 $(ARGS)
+
+test: setup
+	cargo build --release --locked --workspace --bins --examples
+	cargo build --release --locked --manifest-path examples/attention-plugin/Cargo.toml
+	cargo test --release --locked --workspace
+
+lint:
+	cargo fmt --all --check
+	cargo clippy --release --locked --workspace --all-targets -- --deny warnings
+
+bench: build
+	$(torus) bench one-batch --batch-size 1 4 16 --input-len 128 --output-len 64 $(ARGS) -- --model-path $(model)
+
+clean:
+	cargo clean

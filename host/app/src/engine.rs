@@ -1,0 +1,80 @@
+//! From options to an engine.
+
+use std::sync::Arc;
+
+use torus_engine::{
+    api::Engine,
+    config::{DeviceConfig, DtypeChoice, EngineConfig, MemoryConfig, Platform, ScheduleConfig},
+};
+
+use crate::{
+    args::{ChunkSize, Device, Dtype, EngineArgs, Policy, ScheduleArgs},
+    cache_dir::CacheDir,
+    limits::Limits,
+    model::Model,
+    plugins,
+};
+
+/// Starts an engine. It returns at once; the engine loads and compiles in threads of its own.
+pub fn start(args: &EngineArgs, name: String, model: &Model, limits: &Limits) -> anyhow::Result<Arc<dyn Engine>> {
+    Ok(Arc::new(torus_engine::start(config(args, name, model, limits)?)?))
+}
+
+fn config(args: &EngineArgs, name: String, model: &Model, limits: &Limits) -> anyhow::Result<EngineConfig> {
+    let cache = CacheDir::new(args.device.cache_dir.as_deref())?;
+    Ok(EngineConfig {
+        name,
+        model: model.files.clone(),
+        plugins: plugins::registry(&args.plugins, &cache)?,
+        end_token_ids: model.end_token_ids.clone(),
+        device: DeviceConfig {
+            platform: match args.device.device {
+                Device::Cpu => Platform::Cpu,
+                Device::Tpu => Platform::Tpu,
+                Device::Cuda => Platform::Cuda,
+            },
+            pjrt_plugin: cache.pjrt_plugin(args.device.device, args.device.pjrt_plugin.as_deref())?,
+            cpu_threads: Some(args.device.threads.unwrap_or_else(|| limits.cpus())),
+        },
+        dtype: match args.model.dtype {
+            // Refused when the command line was checked.
+            Dtype::Auto | Dtype::Float16 => DtypeChoice::Auto,
+            Dtype::Float32 => DtypeChoice::Float32,
+            Dtype::Bfloat16 => DtypeChoice::Bfloat16,
+        },
+        attention_backend: Some(args.plugins.attention_backend.clone()).filter(|name| name != "auto"),
+        context_length: args.model.context_length,
+        memory: MemoryConfig {
+            available_bytes: limits.memory_bytes(),
+            page_size: args.schedule.page_size,
+            max_total_tokens: args.schedule.max_total_tokens,
+            mem_fraction_static: args.schedule.mem_fraction_static,
+        },
+        schedule: schedule(&args.schedule),
+        random_seed: args.schedule.random_seed,
+        cache_dir: Some(cache.executables()),
+        watchdog_timeout: args.schedule.watchdog_timeout,
+        progress: true,
+        fail_on_token: None,
+    })
+}
+
+fn schedule(args: &ScheduleArgs) -> ScheduleConfig {
+    ScheduleConfig {
+        max_running_requests: args.max_running_requests,
+        chunked_prefill_size: args.chunked_prefill_size.map(|size| match size {
+            ChunkSize::Tokens(tokens) => tokens,
+            ChunkSize::Disabled => args.max_prefill_tokens,
+        }),
+        max_prefill_tokens: args.max_prefill_tokens,
+        max_queued_requests: args.max_queued_requests,
+        policy: match args.schedule_policy {
+            Policy::Fcfs => torus_sched::Policy::Fcfs,
+            Policy::Lpm => torus_sched::Policy::Lpm,
+            Policy::DfsWeight => torus_sched::Policy::DfsWeight,
+            Policy::Random => torus_sched::Policy::Random { seed: args.random_seed },
+        },
+        prefix_cache: !args.disable_radix_cache,
+        overlap: !args.disable_overlap_schedule,
+    }
+}

@@ -1,0 +1,226 @@
+//! `torus serve`.
+
+mod report;
+mod signals;
+mod warm_up;
+
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    process::ExitCode,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use serde_json::{Map, Value, json};
+use tokio::sync::oneshot;
+use torus_engine::api::{Engine, Readiness};
+use torus_http::{ServedModel, ServerConfig};
+
+use crate::{
+    args::{LogLevel, ServeArgs},
+    engine,
+    limits::Limits,
+    logging,
+    model::{self, Model},
+};
+
+/// How often the engine is asked how far it is.
+const READINESS_POLL: Duration = Duration::from_millis(50);
+
+pub fn run(args: &ServeArgs, limits: &Limits) -> anyhow::Result<ExitCode> {
+    logging::init(&args.log, LogLevel::Info)?;
+    // Before the engine, whose first measurements would be lost otherwise.
+    let metrics = torus_http::install_metrics()?;
+    let mut model = Model::open(&args.engine.model)?;
+    if let Some(json) = &args.http.preferred_sampling_params {
+        model::prefer(&mut model.defaults, json)?;
+    }
+    let names = match args.http.served_model_name.as_slice() {
+        [] => vec![model::default_name(&args.engine.model.model_path, &model.files)],
+        names => names.to_vec(),
+    };
+    let engine = engine::start(&args.engine, names[0].clone(), &model, limits)?;
+    let has_chat = model.chat_template.is_some();
+    let tokenizer = model.tokenizer.clone();
+    let served = served_model(args, model, names.clone(), engine.clone());
+    let config = server_config(args, served, metrics);
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(http_threads(limits)).enable_all().build()?;
+    runtime.block_on(async {
+        let server = torus_http::bind(config).await?;
+        let address = server.local_addr();
+        tracing::info!(%address, "listening; requests are answered once the model is ready");
+        let (failed, failure) = oneshot::channel();
+        let prompt = warm_up::prompt(args.http.skip_server_warmup, &tokenizer);
+        let hint = curl(address, &names[0], has_chat, args.http.api_key.is_some());
+        tokio::spawn(announce(engine.clone(), prompt, hint, failed));
+        tokio::spawn(report::run(engine.clone(), args.decode_log_interval as u64));
+        let signals = signals::Signals::new()?;
+        let (ended_by, reason) = oneshot::channel();
+        server
+            .serve(async {
+                let _ = ended_by.send(tokio::select! {
+                    () = signals.first() => None,
+                    Ok(message) = failure => Some(message),
+                });
+            })
+            .await;
+        // The engine cannot serve: that is no orderly end.
+        if let Ok(Some(message)) = reason.await {
+            anyhow::bail!(message);
+        }
+        tracing::info!("shut down");
+        Ok(ExitCode::SUCCESS)
+    })
+}
+
+/// Threads for HTTP and text: on a small machine they must not crowd out the ones that compute.
+fn http_threads(limits: &Limits) -> usize {
+    limits.cpus().clamp(1, 4)
+}
+
+fn served_model(args: &ServeArgs, model: Model, names: Vec<String>, engine: Arc<dyn Engine>) -> ServedModel {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    ServedModel {
+        names,
+        engine,
+        tokenizer: model.tokenizer,
+        chat_template: model.chat_template,
+        defaults: model.defaults,
+        model_path: args.engine.model.model_path.clone(),
+        tokenizer_path: args
+            .engine
+            .model
+            .tokenizer_path
+            .as_ref()
+            .map_or_else(|| args.engine.model.model_path.clone(), |path| path.display().to_string()),
+        created_s: now.map_or(0, |now| now.as_secs()),
+    }
+}
+
+fn server_config(
+    args: &ServeArgs,
+    model: ServedModel,
+    metrics: metrics_exporter_prometheus::PrometheusHandle,
+) -> ServerConfig {
+    let mut config = ServerConfig::new(vec![model], metrics);
+    config.host = args.http.host.to_string();
+    config.port = args.http.port;
+    config.api_key.clone_from(&args.http.api_key);
+    config.server_args = server_args(args);
+    config.enable_cache_report = args.http.enable_cache_report;
+    config.stream_interval = u32::try_from(args.http.stream_interval).unwrap_or(u32::MAX);
+    config.stream_output = args.http.stream_output;
+    config.request_timeout = args.http.request_timeout;
+    config.allowed_origins.clone_from(&args.http.allowed_origins);
+    config.limits.shutdown_grace = args.http.shutdown_grace_seconds;
+    config
+}
+
+/// What `/get_server_info` tells of the options, under the names of the reference. No secrets.
+fn server_args(args: &ServeArgs) -> Map<String, Value> {
+    let (model, schedule) = (&args.engine.model, &args.engine.schedule);
+    let value = json!({
+        "model_path": model.model_path,
+        "tokenizer_path": model.tokenizer_path,
+        "served_model_name": args.http.served_model_name,
+        "context_length": model.context_length,
+        "dtype": clap::ValueEnum::to_possible_value(&model.dtype).map(|name| name.get_name().to_owned()),
+        "revision": model.revision,
+        "device": args.engine.device.device.name(),
+        "host": args.http.host,
+        "port": args.http.port,
+        "mem_fraction_static": schedule.mem_fraction_static,
+        "max_running_requests": schedule.max_running_requests,
+        "max_total_tokens": schedule.max_total_tokens,
+        "max_queued_requests": schedule.max_queued_requests,
+        "max_prefill_tokens": schedule.max_prefill_tokens,
+        "chunked_prefill_size": schedule.chunked_prefill_size.map(|size| size.to_string()),
+        "page_size": schedule.page_size,
+        "attention_backend": args.engine.plugins.attention_backend,
+        "schedule_policy": clap::ValueEnum::to_possible_value(&schedule.schedule_policy)
+            .map(|name| name.get_name().to_owned()),
+        "disable_overlap_schedule": schedule.disable_overlap_schedule,
+        "disable_radix_cache": schedule.disable_radix_cache,
+        "random_seed": schedule.random_seed,
+        "watchdog_timeout": schedule.watchdog_timeout.as_secs_f64(),
+        "stream_interval": args.http.stream_interval,
+        "enable_cache_report": args.http.enable_cache_report,
+        "tp_size": args.engine.parallel.tp_size,
+    });
+    match value {
+        Value::Object(map) => map,
+        _ => Map::new(),
+    }
+}
+
+/// Waits until the engine serves, tries it, and says so; or reports why it does not.
+async fn announce(engine: Arc<dyn Engine>, warm_up: Option<Vec<u32>>, hint: String, failed: oneshot::Sender<String>) {
+    let outcome = match wait_until_ready(&*engine).await {
+        Ok(()) => match warm_up {
+            Some(prompt) => {
+                warm_up::run(&*engine, prompt).await.map_err(|error| format!("the warm-up failed: {error}"))
+            }
+            None => Ok(()),
+        },
+        Err(error) => Err(error),
+    };
+    match outcome {
+        Ok(()) => {
+            tracing::info!("ready");
+            println!("Ready. Try it:\n{hint}");
+        }
+        // The server has ended meanwhile, if nobody listens.
+        Err(message) => drop(failed.send(message)),
+    }
+}
+
+/// Waits until an engine is ready. The error is why it will not be.
+pub async fn wait_until_ready(engine: &dyn Engine) -> Result<(), String> {
+    loop {
+        match engine.readiness() {
+            Readiness::Ready => return Ok(()),
+            Readiness::Failed { message } => return Err(message),
+            Readiness::ShuttingDown => return Err("the engine is shutting down".to_owned()),
+            _ => tokio::time::sleep(READINESS_POLL).await,
+        }
+    }
+}
+
+/// A command to paste into a shell.
+fn curl(address: SocketAddr, model: &str, has_chat: bool, has_key: bool) -> String {
+    let ip = match address.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+        ip => ip,
+    };
+    let url = SocketAddr::new(ip, address.port());
+    let (path, body) = if has_chat {
+        let messages = json!([{"role": "user", "content": "What is the capital of France?"}]);
+        ("chat/completions", json!({"model": model, "messages": messages}))
+    } else {
+        ("completions", json!({"model": model, "prompt": "The capital of France is", "max_tokens": 16}))
+    };
+    let key = if has_key { " -H \"Authorization: Bearer $TORUS_API_KEY\"" } else { "" };
+    // A name may hold an apostrophe, which would end the quoted text.
+    let body = body.to_string().replace('\'', "'\\''");
+    format!("curl http://{url}/v1/{path} -H 'Content-Type: application/json'{key} -d '{body}'")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_hint_can_be_pasted() {
+        let address = "0.0.0.0:30000".parse().unwrap();
+        assert_eq!(
+            curl(address, "it's", true, false),
+            "curl http://127.0.0.1:30000/v1/chat/completions -H 'Content-Type: application/json' -d \
+             '{\"model\":\"it'\\''s\",\"messages\":[{\"role\":\"user\",\"content\":\"What is the capital of France?\"}]}'"
+        );
+        let keyed = curl("[::]:1".parse().unwrap(), "m", false, true);
+        assert!(keyed.starts_with("curl http://[::1]:1/v1/completions "), "{keyed}");
+        assert!(keyed.contains("\"Authorization: Bearer $TORUS_API_KEY\""), "{keyed}");
+    }
+}
