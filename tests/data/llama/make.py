@@ -18,6 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 HERE = Path(__file__).parent
 GREEDY_STEPS = 16
 PROMPT_LENGTHS = [1, 7, 19]
+# transformers takes the long factors only past the original length, Torus for all lengths.
+PROMPT_LENGTHS_LONGROPE = [33, 40, 51]
 TOP = 5
 
 BASE = dict(
@@ -114,7 +116,8 @@ def main():
         model, folder = checkpoint(name, changes, seed)
         random = torch.Generator().manual_seed(seed)
         vocab = model.config.vocab_size
-        prompts = [torch.randint(0, vocab, (length,), generator=random).tolist() for length in PROMPT_LENGTHS]
+        lengths = PROMPT_LENGTHS_LONGROPE if name == "rope-longrope" else PROMPT_LENGTHS
+        prompts = [torch.randint(0, vocab, (length,), generator=random).tolist() for length in lengths]
         written = {"transformers": transformers.__version__, "cases": [golden(model, prompt) for prompt in prompts]}
         (folder / "golden.json").write_text(json.dumps(written) + "\n")
         print(name, sum(p.numel() for p in model.parameters()))
