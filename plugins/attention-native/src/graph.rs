@@ -13,13 +13,8 @@ use torus_hlo::{
 };
 
 /// The step inputs that `context` takes.
-pub(crate) const INPUTS: [StepInput; 5] = [
-    StepInput::Positions,
-    StepInput::TokenSeq,
-    StepInput::KvSlot,
-    StepInput::PageBegin,
-    StepInput::PageTable,
-];
+pub(crate) const INPUTS: [StepInput; 5] =
+    [StepInput::Positions, StepInput::TokenSeq, StepInput::KvSlot, StepInput::PageBegin, StepInput::PageTable];
 
 /// Parts of the context.
 #[derive(Clone, Copy)]
@@ -144,12 +139,7 @@ impl<'f> Attention<'f, '_> {
             }
         };
         let state = Shape::new(DType::F32, &query.shape().axes[..3]);
-        let start = [
-            first_block,
-            f.full(state.clone(), f32::MIN),
-            f.zeros(state.clone()),
-            f.zeros(query.shape()),
-        ];
+        let start = [first_block, f.full(state.clone(), f32::MIN), f.zeros(state.clone()), f.zeros(query.shape())];
         let done = f.while_loop(
             &start,
             |carried| carried[0].le(last_block),

@@ -14,6 +14,9 @@ use torus_hlo::{
 
 use crate::{config::Config, weights};
 
+#[cfg(test)]
+mod tests;
+
 pub fn emit(config: &Config, request: &EmitModel) -> Result<Fragment, Fault> {
     if !matches!(request.dtype, DType::F32 | DType::Bf16) {
         return Err(Fault::unsupported(format!("activations of {} are not implemented", request.dtype)));

@@ -14,9 +14,7 @@ use torus_abi::{
     author::Model,
     fault::Fault,
     fragment::Package,
-    model::{
-        AttentionSpec, EmitModel, GgufAnswer, GgufQuery, ModelDescription, ModelOptions, StateKind,
-    },
+    model::{AttentionSpec, EmitModel, GgufAnswer, GgufQuery, ModelDescription, ModelOptions, StateKind},
 };
 
 pub use config::Config;

@@ -201,3 +201,67 @@ impl Metadata<'_> {
         value.ok_or_else(|| Fault::invalid(format!("GGUF: {key} is missing or no number")))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn query(change: impl FnOnce(&mut GgufQuery)) -> GgufQuery {
+        let metadata = json!({
+            "llama.block_count": 1, "llama.attention.head_count": 4, "llama.attention.head_count_kv": 2,
+            "llama.embedding_length": 32, "llama.feed_forward_length": 48, "llama.context_length": 64,
+            "llama.attention.layer_norm_rms_epsilon": 1e-5, "llama.vocab_size": 9,
+        });
+        let mut tensors: BTreeMap<String, Vec<u64>> =
+            GGUF_LAYER.iter().map(|(name, _)| (format!("blk.0.{name}.weight"), vec![32])).collect();
+        tensors.insert("token_embd.weight".into(), vec![9, 32]);
+        tensors.insert("output_norm.weight".into(), vec![32]);
+        let mut query = GgufQuery { metadata: serde_json::from_value(metadata).unwrap(), tensors };
+        change(&mut query);
+        query
+    }
+
+    #[test]
+    fn every_weight_of_a_gguf_file_is_mapped() {
+        for tied in [true, false] {
+            let answer = from_gguf(&query(|query| {
+                if !tied {
+                    query.tensors.insert("output.weight".into(), vec![9, 32]);
+                }
+            }))
+            .unwrap();
+            let options = torus_abi::model::ModelOptions { config: answer.config, parallel: Default::default() };
+            let config = Config::new(&options).unwrap();
+            assert_eq!((config.tied, config.head_dim, config.kv_heads), (tied, 8, 2));
+            let weights = weights(&config);
+            let wanted: Vec<_> = weights.iter().flat_map(|spec| &spec.sources).map(|source| &source.tensor).collect();
+            assert!(wanted.iter().all(|name| answer.tensors.contains_key(*name)), "{wanted:?}");
+            assert_eq!(wanted.len(), answer.tensors.len());
+        }
+    }
+
+    #[test]
+    fn rotary_rows_of_queries_and_keys_are_put_in_order() {
+        let answer = from_gguf(&query(|_| {})).unwrap();
+        let transforms = |name: &str| &answer.tensors[&format!("model.layers.0.self_attn.{name}.weight")].transforms;
+        assert_eq!(transforms("q_proj")[..], [Transform::PermuteRopeRows { heads: 4 }]);
+        assert_eq!(transforms("k_proj")[..], [Transform::PermuteRopeRows { heads: 2 }]);
+        assert!(transforms("v_proj").is_empty() && transforms("o_proj").is_empty());
+    }
+
+    #[test]
+    fn gguf_files_that_would_be_read_wrongly_are_refused() {
+        let refused = |change: &dyn Fn(&mut GgufQuery)| from_gguf(&query(change)).unwrap_err().message;
+        assert!(refused(&|q| drop(q.tensors.insert("rope_freqs.weight".into(), vec![4]))).contains("rope_freqs"));
+        for (key, value) in [
+            ("llama.expert_count", json!(8)),
+            ("llama.rope.dimension_count", json!(4)),
+            ("llama.rope.scaling.type", json!("su")),
+        ] {
+            assert!(refused(&|q| drop(q.metadata.insert(key.into(), value.clone()))).contains(key), "{key}");
+        }
+        for key in ["llama.block_count", "llama.feed_forward_length", "llama.attention.layer_norm_rms_epsilon"] {
+            assert!(refused(&|q| drop(q.metadata.remove(key))).contains(key), "{key}");
+        }
+    }
+}

@@ -239,8 +239,7 @@ impl Case {
         let tokens = inputs.positions.len();
         let program = self.compile(tokens);
         let Inputs { positions, token_seq, kv_slot, page_begin, page_table } = inputs;
-        let integers = [positions, token_seq, kv_slot, page_begin, page_table]
-            .map(|values| integer_buffer(values));
+        let integers = [positions, token_seq, kv_slot, page_begin, page_table].map(|values| integer_buffer(values));
         let heads = [self.q_heads, self.kv_heads, self.kv_heads];
         let rows = [0, 1, 2].map(|i| float_buffer(&rows[i], self.dtype, &[tokens, heads[i], self.head_dim]));
         let dims = [self.pages() * self.page_size, self.kv_heads, self.head_dim];
@@ -278,7 +277,8 @@ fn main_text(fragment: &Fragment) -> String {
     }
     assert_eq!(context.arguments, graph::INPUTS.map(Operand::Step));
     assert_eq!(graph::INPUTS[4], StepInput::PageTable);
-    let mut text = String::from("module @test attributes {mhlo.num_partitions = 1 : i32, mhlo.num_replicas = 1 : i32} {\n");
+    let mut text =
+        String::from("module @test attributes {mhlo.num_partitions = 1 : i32, mhlo.num_replicas = 1 : i32} {\n");
     for function in &fragment.functions {
         text.push_str(&function.text);
     }
