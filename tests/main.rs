@@ -4,5 +4,6 @@ mod architecture;
 mod engine;
 mod http;
 mod openai_client;
+mod plugins;
 mod server;
 mod support;
