@@ -41,6 +41,25 @@ fn the_same_tokens_come_from_plugins_that_are_shared_libraries() {
 }
 
 #[test]
+fn a_plugin_from_outside_of_the_tree_is_checked_and_serves() {
+    // Built by `make test` in a workspace of its own, against the plugin API alone.
+    let example = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/attention-plugin");
+    let library = example.join("target/release/libtorus_attention_paged.so");
+    assert!(library.exists(), "run 'cargo build --release' in examples/attention-plugin");
+    let library = library.to_str().unwrap();
+    let check =
+        std::process::Command::new(crate::server::torus()).args(["plugins", "check", library]).output().unwrap();
+    let report = String::from_utf8_lossy(&check.stdout);
+    assert!(check.status.success() && report.contains("attention in f32: score 1"), "{report}");
+    block_on(async {
+        let server = Server::start(&["--plugin", library, "--attention-backend", "paged"]).await;
+        for case in &goldens()[..4] {
+            assert_golden(case, &server.post_json("/generate", &greedy(case)).await);
+        }
+    });
+}
+
+#[test]
 fn a_server_does_what_its_users_rely_on() {
     block_on(async {
         let server = Server::start(&["--enable-cache-report"]).await;
@@ -98,12 +117,12 @@ async fn random_load(server: &Server) {
     let request = |i: u64| {
         json!({
             "input_ids": (0..(i * 13 % 90 + 1)).map(|k| (i * 31 + k * 7) % 49_000).collect::<Vec<_>>(),
-            "return_logprob": i % 4 == 0, "top_logprobs_num": i % 3, "logprob_start_len": if i % 5 == 0 { 0 } else { -1 },
+            "return_logprob": i.is_multiple_of(4), "top_logprobs_num": i % 3, "logprob_start_len": if i.is_multiple_of(5) { 0 } else { -1 },
             "sampling_params": {
                 "max_new_tokens": i % 11 + 1, "ignore_eos": true, "temperature": i % 3, "sampling_seed": i,
-                "top_p": if i % 2 == 0 { 0.9 } else { 1.0 }, "top_k": if i % 4 == 1 { 20 } else { -1 },
+                "top_p": if i.is_multiple_of(2) { 0.9 } else { 1.0 }, "top_k": if i % 4 == 1 { 20 } else { -1 },
                 "min_p": if i % 6 == 1 { 0.05 } else { 0.0 }, "frequency_penalty": (i % 3) as f64 * 0.5,
-                "repetition_penalty": if i % 7 == 0 { 1.3 } else { 1.0 },
+                "repetition_penalty": if i.is_multiple_of(7) { 1.3 } else { 1.0 },
             },
         })
     };

@@ -3,6 +3,7 @@
 mod architecture;
 mod engine;
 mod http;
+mod llama;
 mod openai_client;
 mod plugins;
 mod server;

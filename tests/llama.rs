@@ -1,0 +1,73 @@
+//! Tiny random Llama models of every variant against Hugging Face `transformers` (`data/llama/make.py`), through the
+//! whole engine: batched, in chunks, and again with cached prefixes.
+
+use std::path::{Path, PathBuf};
+
+use futures::future::join_all;
+use serde_json::Value;
+use torus_engine::{EngineHandle, api::LogprobOptions};
+use torus_weights::ResolvedModel;
+
+use crate::support::{answer, block_on, config, greedy, ready, request};
+
+fn variants() -> Vec<PathBuf> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/llama");
+    let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    let mut variants: Vec<_> = entries.filter(|path| path.join("config.json").exists()).collect();
+    variants.sort();
+    variants
+}
+
+fn ids(value: &Value) -> Vec<u32> {
+    value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
+}
+
+fn floats(value: &Value) -> Vec<f32> {
+    value.as_array().unwrap().iter().map(|x| x.as_f64().unwrap() as f32).collect()
+}
+
+/// Runs a case. With prompt logprobs nothing of a cached prefix is used; without, whole pages of it are.
+async fn check(engine: &EngineHandle, name: &str, case: &Value, with_prompt_logprobs: bool) {
+    const TOLERANCE: f32 = 1e-3;
+    let (prompt, expected) = (ids(&case["input_ids"]), ids(&case["greedy_ids"]));
+    let mut asked = request(name, &prompt, greedy(expected.len() as u32));
+    asked.logprobs = LogprobOptions { output: true, top_n: 5, prompt_from: with_prompt_logprobs.then_some(0) };
+    let answer = answer(engine, asked).await;
+    let margins = floats(&case["top1_minus_top2"]);
+    let clear = margins.iter().take_while(|margin| **margin >= 0.01).count();
+    assert_eq!(answer.tokens[..clear], expected[..clear], "{name}");
+    for ((id, logprob), top) in answer.logprobs[0].top.iter().zip(case["first_step_top5"].as_array().unwrap()) {
+        assert_eq!(u64::from(*id), top["id"].as_u64().unwrap(), "{name}");
+        assert!((logprob - top["logprob"].as_f64().unwrap() as f32).abs() < TOLERANCE, "{name}: {logprob}, {top}");
+    }
+    if with_prompt_logprobs {
+        let found: Vec<_> = answer.prompt_logprobs.iter().filter_map(|token| token.logprob).collect();
+        let expected = floats(&case["prompt_logprobs"]);
+        assert_eq!(found.len(), expected.len(), "{name}");
+        for (found, expected) in found.iter().zip(&expected) {
+            assert!((found - expected).abs() < TOLERANCE, "{name}: {found} against {expected}");
+        }
+    }
+}
+
+#[test]
+fn every_variant_equals_the_reference() {
+    let variants = variants();
+    assert!(variants.len() >= 8, "{variants:?}");
+    for folder in variants {
+        let name = folder.file_name().unwrap().to_str().unwrap().to_owned();
+        let golden = std::fs::read_to_string(folder.join("golden.json")).unwrap();
+        let golden: Value = serde_json::from_str(&golden).unwrap();
+        let mut config = config(ResolvedModel::Folder(folder));
+        config.memory.page_size = Some(4);
+        config.memory.max_total_tokens = Some(1024);
+        // Few buckets: each variant compiles all of its own.
+        config.schedule.chunked_prefill_size = Some(4);
+        config.schedule.max_running_requests = Some(4);
+        let engine = ready(config);
+        for with_prompt_logprobs in [true, false] {
+            let cases = golden["cases"].as_array().unwrap().iter();
+            block_on(join_all(cases.map(|case| check(&engine, &name, case, with_prompt_logprobs))));
+        }
+    }
+}
