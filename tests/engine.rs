@@ -7,6 +7,7 @@ use serde_json::Value;
 use torus_engine::{
     EngineHandle,
     api::{Abort, AbortTarget, Engine, Event, FinishReason, LogprobOptions, SamplingParams, SubmitError},
+    config::DtypeChoice,
 };
 use torus_weights::ResolvedModel;
 
@@ -102,6 +103,18 @@ fn greedy_tokens_equal_the_reference_in_a_mixed_batch() {
         block_on(join_all(requests));
     }
     assert_eq!(engine.stats().serving_compiles, 0);
+}
+
+#[test]
+fn bfloat16_begins_as_the_reference_does() {
+    let mut config = config(ResolvedModel::Gguf(smollm2()));
+    config.dtype = DtypeChoice::Bfloat16;
+    config.schedule.max_running_requests = Some(4);
+    let engine = ready(config);
+    for golden in goldens() {
+        let answer = block_on(answer(&engine, request("bf16", &golden.prompt, greedy(4))));
+        assert_eq!(answer.tokens[0], golden.tokens[0]);
+    }
 }
 
 #[test]

@@ -115,7 +115,9 @@ fn attention<'f>(f: &'f Func<'f>, request: &EmitAttention) -> Vec<(Operand, Valu
             let weights = seen.select((scores - new_peak).exp(), 0.0f32);
             let decay = (peak - new_peak).exp();
             let over_page = Dot::over(PAGE).batch([TOKENS, KV_HEADS]);
-            let sum = sum * decay + weights.dot(block(value_pages), over_page);
+            // What is not seen may be anything, and 0 * NaN is NaN.
+            let values = seen.select(block(value_pages), 0.0f32);
+            let sum = sum * decay + weights.dot(values, over_page);
             vec![page + 1, new_peak, total * decay + weights.sum(PAGE), sum]
         },
     );

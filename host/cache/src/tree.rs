@@ -199,7 +199,20 @@ impl Tree {
                 if self.is_evictable_leaf(id) {
                     self.leaves.insert((last_use, id));
                 }
+                if next.is_none() {
+                    self.drop_empty_root(id);
+                }
             }
+        }
+    }
+
+    /// Forgets a root that nobody holds and nothing hangs below: namespaces come and go with clients.
+    fn drop_empty_root(&mut self, id: NodeId) {
+        let node = &self.nodes[id];
+        if node.parent.is_none() && node.locks == 0 && node.children.is_empty() {
+            let namespace = node.namespace.clone();
+            self.roots.remove(&namespace);
+            self.nodes.remove(id);
         }
     }
 
@@ -207,25 +220,27 @@ impl Tree {
     pub fn evict(&mut self, count: usize) -> Option<Vec<PageId>> {
         let (_, id) = *self.leaves.first()?;
         let node = &mut self.nodes[id];
+        let first_page = key(&node.tokens, self.page_size);
         let keep = node.pages.len().saturating_sub(count);
         let evicted = node.pages.split_off(keep);
         node.tokens.truncate(keep * self.page_size);
         self.pages -= evicted.len();
         self.unlocked_pages -= evicted.len();
         if keep == 0 {
-            self.remove_leaf(id);
+            self.remove_leaf(id, &first_page);
         }
         Some(evicted)
     }
 
-    fn remove_leaf(&mut self, id: NodeId) {
+    fn remove_leaf(&mut self, id: NodeId, first_page: &[u32]) {
         let Some(node) = self.nodes.remove(id) else { return };
         self.leaves.remove(&(node.last_use, id));
         let Some(parent) = node.parent else { return };
-        self.nodes[parent].children.retain(|_, child| *child != id);
+        self.nodes[parent].children.remove(first_page);
         if self.is_evictable_leaf(parent) {
             self.leaves.insert((self.nodes[parent].last_use, parent));
         }
+        self.drop_empty_root(parent);
     }
 
     /// The pages on the way from the root to a node, in order.

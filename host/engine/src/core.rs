@@ -52,6 +52,8 @@ pub(crate) struct Core {
     seed: u64,
     fail_on_token: Option<u32>,
     shutting_down: bool,
+    /// The device could not be recovered.
+    broken: bool,
 }
 
 /// How often a loop that has nothing to do looks at the clock.
@@ -85,6 +87,7 @@ impl Core {
             seed: config.random_seed,
             fail_on_token: config.fail_on_token,
             shutting_down: false,
+            broken: false,
         }
     }
 
@@ -175,7 +178,10 @@ impl Core {
         }
         let nothing_to_generate = state.max_new_tokens == 0 && !state.wants_prompt_logprobs();
         self.requests.insert(id, state);
-        if nothing_to_generate {
+        if self.broken {
+            let message = "the device failed and could not be recovered".to_owned();
+            self.end(id, FinishReason::Aborted(Abort::Failed(message)));
+        } else if nothing_to_generate {
             self.end(id, FinishReason::Length);
         } else if let Err(error) = self.scheduler.submit(request) {
             self.end(id, FinishReason::Aborted(Abort::Failed(error.to_string())));
@@ -233,14 +239,27 @@ impl Core {
             let id = batch.id;
             if let Err(error) = self.launch(batch) {
                 tracing::error!(%error, "a step failed to start");
-                self.recover(id);
+                self.blame(id);
                 return;
             }
         }
     }
 
+    /// A step could not be started. If one in flight has failed, it is that one's doing.
+    fn blame(&mut self, id: torus_sched::BatchId) {
+        let failed_before = self.stats.failed_steps;
+        while !self.in_flight.is_empty() {
+            self.finish_oldest();
+            if self.stats.failed_steps > failed_before {
+                return;
+            }
+        }
+        self.recover(id);
+    }
+
     fn launch(&mut self, batch: Batch) -> Result<(), PjrtError> {
         let started = Instant::now();
+        self.watchdog.begin();
         for row in &batch.rows {
             self.prepare_row(row)?;
         }
@@ -248,7 +267,6 @@ impl Core {
         if self.is_to_fail(&batch) {
             return Err(PjrtError::Invalid("this step was told to fail".into()));
         }
-        self.watchdog.begin();
         let executable = self.loaded.program(rows, bucket).executable.clone();
         let copy = self.loaded.state.step(&executable, &bytes)?;
         self.stats.launched(batch.tokens(), padding);
@@ -317,7 +335,7 @@ impl Core {
             let request = self.requests.get_mut(&row.request);
             let place = results::Place { row: index, first_token, rows: step.rows };
             let (outcome, ending) = request.map_or((Outcome::Nothing, None), |r| results::take(r, row, place, &reader));
-            self.stats.sampled += u64::from(outcome != Outcome::Nothing);
+            self.stats.sampled += u64::from(matches!(outcome, Outcome::Token(_) | Outcome::Finished(_)));
             outcomes.push(outcome);
             endings.extend(ending.map(|reason| (row.request, reason)));
             first_token += row.len;
@@ -334,16 +352,19 @@ impl Core {
     fn recover(&mut self, failed: torus_sched::BatchId) {
         self.stats.failed_steps += 1;
         self.in_flight.clear();
-        self.watchdog.end();
         self.scheduler.fail(failed);
         for request in self.requests.values_mut() {
             request.slot = None;
         }
-        if let Err(error) = self.loaded.state.reset() {
+        self.watchdog.begin();
+        let reset = self.loaded.state.reset();
+        self.watchdog.end();
+        if let Err(error) = reset {
             tracing::error!(%error, "the device's state cannot be made anew");
             let message = "the device failed and could not be recovered".to_owned();
             self.shared.set_readiness(Readiness::Failed { message: message.clone() });
             self.abort_all(&Abort::Failed(message));
+            self.broken = true;
         }
     }
 

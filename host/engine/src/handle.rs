@@ -5,18 +5,20 @@ use std::{
     collections::HashMap,
     pin::Pin,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
         mpsc as sync_mpsc,
     },
     task::{Context, Poll},
+    thread::JoinHandle,
+    time::{Duration, Instant},
 };
 
 use tokio::sync::mpsc;
 
 use crate::api::{
-    AbortTarget, Engine, EngineStats, Event, EventStream, FinishReason, FlushRefused, GenerateRequest, ModelInfo,
-    ProfileError, Readiness, SubmitError, TOP_LOGPROBS_MAX,
+    Abort, AbortTarget, Engine, EngineStats, Event, EventStream, FinishReason, FlushRefused, GenerateRequest,
+    ModelInfo, ProfileError, Readiness, SubmitError, TOP_LOGPROBS_MAX,
 };
 
 /// Events a request may have unread before it counts as a slow client's. A step makes at most two.
@@ -39,7 +41,11 @@ pub(crate) struct Submission {
     pub number: u64,
     pub request: GenerateRequest,
     pub events: mpsc::Sender<Event>,
+    pub ending: Ending,
 }
+
+/// How a request ended, also for a stream whose channel has no room for it.
+pub(crate) type Ending = Arc<OnceLock<FinishReason>>;
 
 /// What the engine's thread and its callers share.
 pub(crate) struct Shared {
@@ -73,8 +79,18 @@ impl Shared {
         }
     }
 
+    /// Says how far the engine is. Once it shuts down, that is all there is to say.
     pub fn set_readiness(&self, readiness: Readiness) {
-        *lock(&self.readiness) = readiness;
+        let mut current = lock(&self.readiness);
+        if *current != Readiness::ShuttingDown {
+            *current = readiness;
+        }
+    }
+
+    /// Nothing waits any more: the engine's thread has ended.
+    pub fn forget_all(&self) {
+        self.waiting.store(0, Ordering::Release);
+        lock(&self.ids).clear();
     }
 
     /// A program was compiled, and not taken from the cache.
@@ -103,11 +119,23 @@ pub struct EngineHandle {
     commands: sync_mpsc::Sender<Command>,
     next_number: AtomicUsize,
     max_queued: usize,
+    thread: Option<JoinHandle<()>>,
 }
+
+/// How long a handle that is dropped waits for the engine's thread: the process may end after it, and a thread that is
+/// still in the device's library then takes it down.
+const JOIN_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long an answer of the engine's thread may take.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
 impl EngineHandle {
     pub(crate) fn new(shared: Arc<Shared>, commands: sync_mpsc::Sender<Command>, max_queued: usize) -> Self {
-        Self { shared, commands, next_number: AtomicUsize::new(0), max_queued }
+        Self { shared, commands, next_number: AtomicUsize::new(0), max_queued, thread: None }
+    }
+
+    pub(crate) fn with_thread(mut self, thread: JoinHandle<()>) -> Self {
+        self.thread = Some(thread);
+        self
     }
 
     /// Stops admission. What runs goes on until it ends or is aborted.
@@ -135,13 +163,18 @@ impl EngineHandle {
     fn ask<T>(&self, command: impl FnOnce(sync_mpsc::SyncSender<T>) -> Command) -> Option<T> {
         let (answer, answered) = sync_mpsc::sync_channel(1);
         self.commands.send(command(answer)).ok()?;
-        answered.recv().ok()
+        answered.recv_timeout(ANSWER_TIMEOUT).ok()
     }
 }
 
 impl Drop for EngineHandle {
     fn drop(&mut self) {
         self.shut_down();
+        let Some(thread) = self.thread.take() else { return };
+        let waited_from = Instant::now();
+        while !thread.is_finished() && waited_from.elapsed() < JOIN_TIMEOUT {
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 }
 
@@ -169,7 +202,8 @@ impl Engine for EngineHandle {
         let (events, receiver) = mpsc::channel(UNREAD_EVENTS_MAX);
         let number = self.next_number.fetch_add(1, Ordering::Relaxed) as u64;
         *lock(&self.shared.ids).entry(request.id.clone()).or_default() += 1;
-        let submission = Submission { number, request, events };
+        let ending = Ending::default();
+        let submission = Submission { number, request, events, ending: ending.clone() };
         if let Err(refused) = self.commands.send(Command::Submit(submission)) {
             self.shared.waiting.fetch_sub(1, Ordering::AcqRel);
             if let Command::Submit(submission) = refused.0 {
@@ -177,7 +211,7 @@ impl Engine for EngineHandle {
             }
             return Err(SubmitError::ShuttingDown);
         }
-        Ok(Box::pin(Events { receiver, number, commands: self.commands.clone(), finished: false }))
+        Ok(Box::pin(Events { receiver, number, commands: self.commands.clone(), ending, finished: false }))
     }
 
     fn abort(&self, target: &AbortTarget) -> usize {
@@ -196,7 +230,14 @@ impl Engine for EngineHandle {
     }
 
     fn flush_cache(&self) -> Result<usize, FlushRefused> {
-        self.ask(Command::Flush).unwrap_or(Ok(0))
+        let pending = || {
+            let stats = self.stats();
+            Err(FlushRefused { waiting: stats.queued, running: stats.running })
+        };
+        if self.readiness() != Readiness::Ready {
+            return pending();
+        }
+        self.ask(Command::Flush).unwrap_or_else(pending)
     }
 
     fn readiness(&self) -> Readiness {
@@ -271,7 +312,13 @@ struct Events {
     receiver: mpsc::Receiver<Event>,
     number: u64,
     commands: sync_mpsc::Sender<Command>,
+    ending: Ending,
     finished: bool,
+}
+
+/// The engine always says how a request ended, unless it ended itself.
+fn engine_stopped() -> FinishReason {
+    FinishReason::Aborted(Abort::Failed("the engine has stopped".into()))
 }
 
 impl futures_core::Stream for Events {
@@ -284,8 +331,7 @@ impl futures_core::Stream for Events {
         let polled = self.receiver.poll_recv(context);
         let event = match polled {
             Poll::Pending => return Poll::Pending,
-            // The engine always says how a request ended, unless it ended itself.
-            Poll::Ready(None) => Event::Finished(FinishReason::Aborted(crate::api::Abort::ShuttingDown)),
+            Poll::Ready(None) => Event::Finished(self.ending.get().cloned().unwrap_or_else(engine_stopped)),
             Poll::Ready(Some(event)) => event,
         };
         self.finished = matches!(event, Event::Finished(_));

@@ -99,15 +99,13 @@ impl Loaded {
     }
 }
 
-/// Prompt tokens of a step that gives logprobs of all of them.
-const PROMPT_LOGPROB_TOKENS: usize = 128;
-
 /// Loads everything, telling `shared` how far it is.
 pub(crate) fn load(config: &EngineConfig, shared: &Shared) -> Result<Loaded, StartError> {
     let target = open_device(config)?;
     let checkpoint = Checkpoint::open(&config.model)?;
     let (plugin, gguf, model) = open_model(config, &checkpoint)?;
     let description = model.describe()?;
+    check_description(plugin.name(), &description)?;
     let activations = activations(config.dtype, description.dtype);
     let plan = memory::plan(config, &description, activations)?;
     let queries = attention_queries(&description, activations, plan.shape(1, 1), &target);
@@ -203,6 +201,19 @@ fn open_model(config: &EngineConfig, checkpoint: &Checkpoint) -> Result<Opened, 
     let model = interface(&plugin)?.open(&options)?;
     tracing::info!(plugin = plugin.name(), model = %checkpoint.path().display(), "model opened");
     Ok((plugin, gguf, model))
+}
+
+/// What the host indexes by must be there.
+fn check_description(plugin: &str, description: &ModelDescription) -> Result<(), StartError> {
+    let kinds = description.kinds.len();
+    match description.layers.iter().position(|kind| *kind >= kinds) {
+        None if description.vocab > 0 && description.context_length > 0 => Ok(()),
+        None => Err(invalid("model", format!("plugin '{plugin}' describes a model without vocabulary or context"))),
+        Some(layer) => {
+            let kind = description.layers[layer];
+            Err(invalid("model", format!("plugin '{plugin}': layer {layer} is of kind {kind}, and there are {kinds}")))
+        }
+    }
 }
 
 fn interface(plugin: &Plugin) -> Result<&torus_plugins::ModelInterface, StartError> {
@@ -346,7 +357,7 @@ fn compile(
     shared: &Shared,
 ) -> Result<Programs, StartError> {
     let mut wanted: Vec<_> = plan.buckets().into_iter().map(|tokens| (tokens, Rows::Sampled)).collect();
-    wanted.push((plan.token_budget.min(PROMPT_LOGPROB_TOKENS), Rows::All));
+    wanted.push((plan.prompt_logprob_tokens(), Rows::All));
     let total = wanted.len();
     shared.set_readiness(Readiness::Compiling { done: 0, total });
     let bar = config.progress.then(|| progress_bar(total));

@@ -23,6 +23,8 @@ pub(crate) struct Plan {
     pub matrices: DType,
 }
 
+/// Contexts of full length for which the pool has room, for each slot, unless told otherwise.
+const CACHED_CONTEXTS_PER_SLOT: u64 = 4;
 const GIB: u64 = 1 << 30;
 /// KV memory on a CPU unless told otherwise: at most this, and at most a quarter of what is left.
 const CPU_KV_BYTES_MAX: u64 = 4 * GIB;
@@ -80,9 +82,9 @@ impl Plan {
     ) -> Result<Self, StartError> {
         let wanted = config.memory.max_total_tokens.map(|tokens| (tokens as u64).div_ceil(self.page_size));
         let possible = kv_bytes(config, self.weight_bytes(description, activations)) / page_bytes.max(1);
-        // More than all slots can use at full length would never be touched.
-        let useful = (self.max_running * self.pages_per_slot) as u64;
-        let pages = wanted.unwrap_or(possible).min(useful.max(1));
+        // A tiny model would else fill the memory with a cache it never needs.
+        let useful = (self.max_running * self.pages_per_slot) as u64 * CACHED_CONTEXTS_PER_SLOT;
+        let pages = wanted.unwrap_or(possible.min(useful));
         if let Some(wanted) = wanted.filter(|wanted| *wanted > possible && config.memory.mem_fraction_static.is_some())
         {
             let message = format!("{wanted} pages do not fit the {possible} that --mem-fraction-static leaves");
@@ -119,6 +121,12 @@ impl Plan {
             // One entry past all slots, for padding.
             page_table: (self.max_running * self.pages_per_slot + 1) as u64,
         }
+    }
+
+    /// Tokens of a step that gives logprobs of prompt tokens: room for prompts beside all that may decode.
+    pub fn prompt_logprob_tokens(&self) -> usize {
+        const PROMPT_TOKENS: usize = 64;
+        self.token_budget.min(self.max_running + PROMPT_TOKENS)
     }
 
     /// Powers of two up to the budget, and the budget.

@@ -10,7 +10,7 @@ use tokio::sync::mpsc::{self, error::TrySendError};
 
 use crate::{
     api::{Abort, Event, FinishReason, LogprobOptions, SamplingParams, TokenLogprob},
-    handle::Submission,
+    handle::{Ending, Submission},
     sampling::IN_PROMPT,
 };
 
@@ -36,6 +36,7 @@ pub(crate) struct RequestState {
     /// Still counted among those that wait for their first step.
     pub waiting: bool,
     events: mpsc::Sender<Event>,
+    ending: Ending,
 }
 
 impl RequestState {
@@ -65,6 +66,7 @@ impl RequestState {
             prefilled: false,
             waiting: true,
             events: submission.events,
+            ending: submission.ending,
             prompt: request.prompt,
             sampling: request.sampling,
         }
@@ -116,7 +118,7 @@ impl RequestState {
     /// Prompt positions whose logits give wanted logprobs: those before each wanted token.
     pub fn wants_prompt_logprob_after(&self, position: usize) -> bool {
         let next = position + 1;
-        self.logprobs.prompt_from.is_some_and(|from| next >= from.max(1)) && next < self.prompt.len()
+        !self.prefilled && next < self.prompt.len() && self.logprobs.prompt_from.is_some_and(|from| next >= from.max(1))
     }
 
     pub fn wants_prompt_logprobs(&self) -> bool {
@@ -155,8 +157,9 @@ impl RequestState {
         Ok((self.output.len() >= self.max_new_tokens).then_some(FinishReason::Length))
     }
 
-    /// Says how it ended. A client that is gone or too slow to take this has its channel closed.
+    /// Says how it ended. A client that is too slow to take this finds it when it has read what is before it.
     pub fn finish(&mut self, reason: FinishReason) {
+        let _ = self.ending.set(reason.clone());
         let _ = self.send(Event::Finished(reason));
     }
 
@@ -177,7 +180,7 @@ mod tests {
         let (events, receiver) = mpsc::channel(8);
         let prompt: Arc<[u32]> = [5, 6, 7].into();
         let request = GenerateRequest { id: "r".into(), prompt, sampling, logprobs, namespace: None, deadline: None };
-        (RequestState::new(Submission { number: 0, request, events }, &[2], 10, 1), receiver)
+        (RequestState::new(Submission { number: 0, request, events, ending: Ending::default() }, &[2], 10, 1), receiver)
     }
 
     fn token(token: u32) -> TokenLogprob {

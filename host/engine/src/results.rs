@@ -80,7 +80,7 @@ pub(crate) fn take(
     };
     if reader.is_bad(at) {
         let why = Abort::Failed("the model gave numbers that are none for this request".into());
-        return (Outcome::Nothing, Some(FinishReason::Aborted(why)));
+        return (Outcome::Discarded, Some(FinishReason::Aborted(why)));
     }
     if request.max_new_tokens == 0 {
         let told = request.tell_prefilled();

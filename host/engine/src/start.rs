@@ -10,7 +10,7 @@ use crate::{
     api::Readiness,
     config::EngineConfig,
     core::Core,
-    handle::{EngineHandle, Shared},
+    handle::{Command, EngineHandle, Shared},
     load::load,
 };
 
@@ -23,22 +23,27 @@ pub fn start(config: EngineConfig) -> std::io::Result<EngineHandle> {
     let (commands, received) = mpsc::channel();
     let handle = EngineHandle::new(shared.clone(), commands, config.schedule.max_queued_requests);
     let run = move || {
-        let loaded = match load(&config, &shared) {
-            Ok(loaded) => loaded,
-            Err(error) => {
-                tracing::error!(model = config.name, "{error}");
-                shared.set_readiness(Readiness::Failed { message: error.to_string() });
-                return;
-            }
-        };
-        let core = Core::new(&config, loaded, shared.clone());
-        shared.set_readiness(Readiness::Ready);
-        tracing::info!(model = config.name, "the engine is ready");
-        if catch_unwind(AssertUnwindSafe(|| core.run(&received))).is_err() {
+        if catch_unwind(AssertUnwindSafe(|| run(&config, &shared, &received))).is_err() {
             // The hook has reported where. Streams see the end of their channel.
             shared.set_readiness(Readiness::Failed { message: "the engine stopped on a defect of its own".into() });
         }
+        shared.forget_all();
     };
-    thread::Builder::new().name("torus-engine".into()).spawn(run)?;
-    Ok(handle)
+    let thread = thread::Builder::new().name("torus-engine".into()).spawn(run)?;
+    Ok(handle.with_thread(thread))
+}
+
+fn run(config: &EngineConfig, shared: &Arc<Shared>, commands: &mpsc::Receiver<Command>) {
+    let loaded = match load(config, shared) {
+        Ok(loaded) => loaded,
+        Err(error) => {
+            tracing::error!(model = config.name, "{error}");
+            shared.set_readiness(Readiness::Failed { message: error.to_string() });
+            return;
+        }
+    };
+    let core = Core::new(config, loaded, shared.clone());
+    shared.set_readiness(Readiness::Ready);
+    tracing::info!(model = config.name, "the engine is ready");
+    core.run(commands);
 }

@@ -11,8 +11,8 @@ use std::{
 
 use crate::{api::Readiness, handle::Shared};
 
-/// Watches from a thread of its own. A hung step is logged and the engine is no longer ready; what hangs in a device
-/// cannot be taken back from here.
+/// Watches from a thread of its own. A step that takes too long is logged and the engine is no longer ready, until it
+/// ends after all; what hangs in a device cannot be taken back from here.
 pub(crate) struct Watchdog {
     state: Arc<State>,
 }
@@ -22,6 +22,9 @@ struct State {
     /// Milliseconds since `epoch` at which the oldest step in flight began, plus one; 0 = nothing is in flight.
     since_ms: AtomicU64,
     stopped: AtomicBool,
+    /// A step was reported.
+    reported: AtomicBool,
+    shared: Arc<Shared>,
 }
 
 /// How often it looks, as a share of the time-out.
@@ -29,19 +32,24 @@ const LOOKS_PER_TIMEOUT: u32 = 10;
 
 impl Watchdog {
     pub fn start(timeout: Duration, shared: Arc<Shared>) -> Self {
-        let state =
-            Arc::new(State { epoch: Instant::now(), since_ms: AtomicU64::new(0), stopped: AtomicBool::new(false) });
+        let state = Arc::new(State {
+            epoch: Instant::now(),
+            since_ms: AtomicU64::new(0),
+            stopped: AtomicBool::new(false),
+            reported: AtomicBool::new(false),
+            shared,
+        });
         let watched = state.clone();
         let watch = move || {
             while !watched.stopped.load(Ordering::Acquire) {
                 thread::park_timeout(timeout / LOOKS_PER_TIMEOUT);
                 let since = watched.since_ms.load(Ordering::Acquire);
                 let now = watched.epoch.elapsed().as_millis() as u64;
-                if since > 0 && now.saturating_sub(since - 1) > timeout.as_millis() as u64 {
+                let too_long = since > 0 && now.saturating_sub(since - 1) > timeout.as_millis() as u64;
+                if too_long && !watched.reported.swap(true, Ordering::AcqRel) {
                     let message = format!("a step has been running for more than {} s", timeout.as_secs());
                     tracing::error!("{message}; the device or a kernel hangs: restart the server");
-                    shared.set_readiness(Readiness::Failed { message });
-                    break;
+                    watched.shared.set_readiness(Readiness::Failed { message });
                 }
             }
         };
@@ -62,6 +70,10 @@ impl Watchdog {
     /// The oldest step has ended; if another is in flight, it begins to count with the next look.
     pub fn end(&self) {
         self.state.since_ms.store(0, Ordering::Release);
+        if self.state.reported.swap(false, Ordering::AcqRel) {
+            tracing::warn!("the step that took too long has ended");
+            self.state.shared.set_readiness(Readiness::Ready);
+        }
     }
 }
 

@@ -48,10 +48,11 @@ impl LibraryCache {
     fn store(&self, sha256: &str, content: &[u8]) -> Result<PathBuf, LoadError> {
         let stored = self.folder.join(format!("{sha256}.so"));
         let failed = |source| LoadError::Cache { path: self.folder.clone(), source };
+        fs::create_dir_all(&self.folder).map_err(failed)?;
+        refuse_writable_by_others(&self.folder, "folder", &fs::metadata(&self.folder).map_err(failed)?)?;
         if fs::read(&stored).is_ok_and(|present| present == content) {
             return Ok(stored);
         }
-        fs::create_dir_all(&self.folder).map_err(failed)?;
         // Renamed into place, so that another process never maps half a file.
         let partial = self.folder.join(format!("{sha256}.{}.partial", std::process::id()));
         fs::write(&partial, content).and_then(|()| fs::rename(&partial, &stored)).map_err(failed)?;

@@ -17,6 +17,14 @@ const DECAY_STEPS: f64 = 600.0;
 /// Tokens to come beyond this are not reserved for: a request without a limit would keep all others out.
 const RESERVED_TOKENS_MAX: usize = 4096;
 
+/// A request that was not admitted, and how things stood then.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Refused {
+    id: RequestId,
+    available: usize,
+    running: usize,
+}
+
 impl Scheduler {
     pub(crate) fn decay_reserved_share(&mut self) {
         let decay = (RESERVED_SHARE_MAX - RESERVED_SHARE_MIN) / DECAY_STEPS;
@@ -50,6 +58,11 @@ impl Scheduler {
 
     /// Gives a request its slot and the pages of its cached prefix, unless memory is short.
     fn try_admit(&mut self, id: RequestId) -> bool {
+        // With nothing else to run it is let in all the same; what it misses is taken from those that may not run.
+        let others_run = self.running.iter().any(|id| self.is_eligible(*id));
+        if others_run && self.is_still_refused(id) {
+            return false;
+        }
         let Some(sequence) = self.sequences.get(&id) else { return false };
         let known = sequence.tokens(0, sequence.known());
         // At least one token is left to compute: its logits are needed.
@@ -61,14 +74,14 @@ impl Scheduler {
         let cached = found.pages.len() * self.config.page_size;
         let wanted = self.reserve(known.len() - cached, new_tokens);
         let promised: usize = self.running.iter().map(|id| self.still_to_come(*id)).sum();
-        // With nothing else to run it is let in all the same; what it misses is taken from those that may not run.
-        let others_run = self.running.iter().any(|id| self.is_eligible(*id));
         if others_run && wanted + promised > self.cache.available() {
             self.cache.unlock(found.node);
+            self.refused = Some(Refused { id, available: self.cache.available(), running: self.running.len() });
             return false;
         }
+        self.refused = None;
         let (Some(slot), Some(sequence)) = (self.free_slots.pop(), self.sequences.get_mut(&id)) else { return false };
-        if sequence.output.is_empty() && sequence.failures == 0 {
+        if !std::mem::replace(&mut sequence.counted, true) {
             self.counters.prompt_tokens += known.len() as u64;
             self.counters.cached_tokens += cached as u64;
         }
@@ -81,6 +94,15 @@ impl Scheduler {
         sequence.admitted = Some(cached);
         self.running.push(id);
         true
+    }
+
+    /// Whether a request was refused for want of pages and nobody has given any back since: looking again would cost
+    /// as much as its prompt is long, at every step.
+    fn is_still_refused(&self, id: RequestId) -> bool {
+        self.refused.is_some_and(|refused| {
+            let no_better = self.cache.available() <= refused.available && self.running.len() >= refused.running;
+            refused.id == id && no_better
+        })
     }
 
     /// Pages for tokens to compute and a share of those to generate.

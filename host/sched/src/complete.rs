@@ -25,7 +25,9 @@ impl Scheduler {
         let Some(sequence) = self.sequences.get_mut(&row.request) else { return };
         sequence.in_flight -= 1;
         if sequence.leaving != Some(Leaving::End) {
-            sequence.computed = sequence.computed.max(row.end);
+            if outcome != Outcome::Discarded {
+                sequence.computed = sequence.computed.max(row.end);
+            }
             if sequence.computed >= sequence.suspect_until {
                 (sequence.failures, sequence.suspect_until) = (0, 0);
             }
@@ -34,6 +36,10 @@ impl Scheduler {
                 Outcome::Token(token) => sequence.output.push(token),
                 Outcome::Finished(token) => {
                     sequence.output.push(token);
+                    sequence.leaving = Some(Leaving::End);
+                }
+                Outcome::Discarded => {
+                    sequence.discarded = true;
                     sequence.leaving = Some(Leaving::End);
                 }
             }
@@ -129,7 +135,7 @@ impl Scheduler {
         let shared = sequence.computed.min(sequence.known());
         let pages = shared / self.config.page_size;
         let nothing_to_share = sequence.private[..pages].iter().all(|private| !private);
-        if !self.config.prefix_cache || nothing_to_share {
+        if !self.config.prefix_cache || sequence.discarded || nothing_to_share {
             return;
         }
         let tokens = sequence.tokens(0, pages * self.config.page_size);

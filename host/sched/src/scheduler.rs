@@ -41,6 +41,7 @@ pub struct Scheduler {
     /// Share of the tokens they may still generate for which running sequences reserve pages.
     pub(crate) reserved_share: f64,
     pub(crate) last_was_prefill: bool,
+    pub(crate) refused: Option<crate::admit::Refused>,
     pub(crate) counters: Counters,
     /// For tests: a bug to plant.
     #[cfg(test)]
@@ -86,6 +87,7 @@ impl Scheduler {
             step: 0,
             reserved_share: crate::admit::RESERVED_SHARE_MAX,
             last_was_prefill: false,
+            refused: None,
             counters: Counters::default(),
             config,
             #[cfg(test)]

@@ -35,6 +35,10 @@ pub(crate) struct Sequence {
     pub admitted: Option<usize>,
     pub in_flight: usize,
     pub leaving: Option<Leaving>,
+    /// Its KV is wrong and must not be shared.
+    pub discarded: bool,
+    /// Its prompt has been counted.
+    pub counted: bool,
     /// Requests admitted before this one though they came later.
     pub overtaken: u32,
     /// Steps with this sequence that failed, and up to where they computed it.
@@ -59,6 +63,8 @@ impl Sequence {
             admitted: None,
             in_flight: 0,
             leaving: None,
+            discarded: false,
+            counted: false,
             overtaken: 0,
             failures: 0,
             suspect_until: 0,

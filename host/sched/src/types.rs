@@ -116,6 +116,8 @@ pub enum Outcome {
     Token(u32),
     /// This token, and the request is done with it.
     Finished(u32),
+    /// What the step computed for this request is wrong (not numbers). The request ends and none of its KV is shared.
+    Discarded,
 }
 
 /// A snapshot for operators.

@@ -189,7 +189,10 @@ impl<'f> Attention<'f, '_> {
         let peak = running.peak.max(masked.reduce_max(PAGE));
         let weights = seen.select((scores - peak).exp(), 0.0f32);
         let decay = (running.peak - peak).exp();
-        let weighted = weights.dot(read(pools[1]), Dot::over(PAGE).batch([TOKENS, KV_HEADS]));
+        // Values that are not seen may be anything, NaN too, and 0 * NaN is NaN.
+        let values = read(pools[1]);
+        let values = seen.select(values, values.full_like(0.0f32));
+        let weighted = weights.dot(values, Dot::over(PAGE).batch([TOKENS, KV_HEADS]));
         Running { peak, total: running.total * decay + weights.sum(PAGE), sum: running.sum * decay + weighted }
     }
 }

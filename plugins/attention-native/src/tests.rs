@@ -35,6 +35,14 @@ fn padding_disturbs_nothing_and_stays_finite() {
 }
 
 #[test]
+fn numbers_that_are_none_do_not_spread_from_pages_that_are_not_seen() {
+    for window in [None, Some(20)] {
+        let sequences = vec![seq(40, 3), seq(5, 1), seq(0, 18), seq(300, 1)];
+        Case { sequences, window, ..Case::default() }.check_beside_nan();
+    }
+}
+
+#[test]
 fn sequences_may_share_pages() {
     let shared = Sequence { cached: 64, new: 3, shares: Some(0) };
     Case { sequences: vec![seq(70, 2), shared, Sequence { new: 1, ..shared }], ..Case::default() }.check();

@@ -212,6 +212,8 @@ impl<'f> Scope<'f> {
             }
             operands.push(value);
         }
+        // A pool that goes in must come out: the old one is not to be taken for its successor.
+        self.known.retain(|(known, _)| !(matches!(known, Operand::Pool { .. }) && export.arguments.contains(known)));
         let callee = Callee::external(&function.symbol, &function.arguments, &function.results);
         let results = func.call(&callee, &operands);
         for (meaning, value) in export.results.iter().zip(results) {

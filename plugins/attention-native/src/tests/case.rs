@@ -97,6 +97,25 @@ impl Case {
         }
     }
 
+    /// Runs the whole step with NaN in every slot that no token may see, as a request that went wrong leaves them.
+    pub fn check_beside_nan(&self) {
+        let (inputs, rows, noise) = (self.inputs(0..self.tokens()), self.rows(), self.pool());
+        let width = self.kv_heads * self.head_dim;
+        let mut before = noise.clone().map(|part| vec![f32::NAN; part.len()]);
+        for (sequence, begin) in self.sequences.iter().zip(&inputs.page_begin) {
+            for position in 0..sequence.cached {
+                let page = inputs.page_table[*begin as usize + position / self.page_size] as usize;
+                let slot = (page * self.page_size + position % self.page_size) * width;
+                for part in 0..2 {
+                    before[part][slot..slot + width].copy_from_slice(&noise[part][slot..slot + width]);
+                }
+            }
+        }
+        let (attended, _) = self.execute(&before, &inputs, &rows);
+        let expected = self.reference(before, &inputs, &rows).0;
+        assert_close(&attended[..expected.len()], &expected, 1e-5);
+    }
+
     /// Runs some of the tokens of a single sequence on a pool.
     pub fn run_from(&self, pool: Pool, part: Range<usize>) -> (Vec<f32>, Pool) {
         let widths = [self.q_heads, self.kv_heads, self.kv_heads].map(|heads| heads * self.head_dim);
