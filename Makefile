@@ -26,7 +26,7 @@ setup:
 
 build:
 	.make/setup.sh build
-	cargo build --release --locked --package torus-app
+	cargo build --release --locked --workspace --bins
 
 serve: build
 	$(torus) serve --model-path $(model) --served-model-name SmolLM2-135M-Instruct --host 127.0.0.1 --port 30000 $(ARGS)
