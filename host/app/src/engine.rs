@@ -2,10 +2,12 @@
 
 use std::sync::Arc;
 
+use anyhow::ensure;
 use torus_engine::{
     api::Engine,
     config::{DeviceConfig, DtypeChoice, EngineConfig, MemoryConfig, Platform, ScheduleConfig},
 };
+use torus_plugins::Registry;
 
 use crate::{
     args::{ChunkSize, Device, Dtype, EngineArgs, Policy, ScheduleArgs},
@@ -22,10 +24,15 @@ pub fn start(args: &EngineArgs, name: String, model: &Model, limits: &Limits) ->
 
 fn config(args: &EngineArgs, name: String, model: &Model, limits: &Limits) -> anyhow::Result<EngineConfig> {
     let cache = CacheDir::new(args.device.cache_dir.as_deref())?;
+    let plugins = plugins::registry(&args.plugins, &cache)?;
+    let attention_backend = Some(args.plugins.attention_backend.clone()).filter(|name| name != "auto");
+    if let Some(name) = &attention_backend {
+        check_attention(name, &plugins)?;
+    }
     Ok(EngineConfig {
         name,
         model: model.files.clone(),
-        plugins: plugins::registry(&args.plugins, &cache)?,
+        plugins,
         end_token_ids: model.end_token_ids.clone(),
         device: DeviceConfig {
             platform: match args.device.device {
@@ -42,7 +49,7 @@ fn config(args: &EngineArgs, name: String, model: &Model, limits: &Limits) -> an
             Dtype::Float32 => DtypeChoice::Float32,
             Dtype::Bfloat16 => DtypeChoice::Bfloat16,
         },
-        attention_backend: Some(args.plugins.attention_backend.clone()).filter(|name| name != "auto"),
+        attention_backend,
         context_length: args.model.context_length,
         memory: MemoryConfig {
             available_bytes: limits.memory_bytes(),
@@ -57,6 +64,18 @@ fn config(args: &EngineArgs, name: String, model: &Model, limits: &Limits) -> an
         progress: true,
         fail_on_token: None,
     })
+}
+
+fn check_attention(name: &str, plugins: &Registry) -> anyhow::Result<()> {
+    let backends = plugins.plugins().iter().filter(|plugin| plugin.attention().is_some());
+    let names: Vec<_> = backends.map(|plugin| plugin.name()).collect();
+    ensure!(
+        names.contains(&name),
+        "--attention-backend {name}: not supported yet: no plugin of this name is loaded (there are: {}); give one of \
+         these or 'auto', or the file of a plugin with --plugin",
+        names.join(", ")
+    );
+    Ok(())
 }
 
 fn schedule(args: &ScheduleArgs) -> ScheduleConfig {
@@ -76,5 +95,19 @@ fn schedule(args: &ScheduleArgs) -> ScheduleConfig {
         },
         prefix_cache: !args.disable_radix_cache,
         overlap: !args.disable_overlap_schedule,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_attention_backend_that_is_not_loaded_is_refused_by_its_option() {
+        let plugins = Registry::linked().unwrap();
+        assert!(check_attention("native", &plugins).is_ok());
+        let error = check_attention("fa", &plugins).unwrap_err().to_string();
+        assert!(error.starts_with("--attention-backend fa: not supported yet"), "{error}");
+        assert!(error.contains("(there are: native)"), "{error}");
     }
 }

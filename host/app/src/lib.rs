@@ -20,7 +20,7 @@ mod plugins;
 mod serve;
 mod version;
 
-use std::process::ExitCode;
+use std::{io::Write, process::ExitCode};
 
 use clap::Parser;
 
@@ -43,20 +43,31 @@ pub fn main() -> ExitCode {
         },
     };
     let limits = Limits::of_process();
-    if let Some(args) = cli.command.engine_args() {
-        if let Err(refused) = refuse::check(args) {
-            return usage_error(&refused);
-        }
+    if let Some(args) = cli.command.engine_args()
+        && let Err(refused) = refuse::check(args)
+    {
+        return usage_error(&refused);
     }
     let threads = cli.command.engine_args().and_then(|args| args.device.threads);
-    bound_pjrt_threads(threads.unwrap_or_else(|| limits.cpus()));
-    match run(cli.command, &limits) {
-        Ok(code) => code,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
+    prepare_xla_environment(threads.unwrap_or_else(|| limits.cpus()));
+    let runs_engine = cli.command.engine_args().is_some();
+    let result = run(cli.command, &limits);
+    if let Err(error) = &result {
+        eprintln!("error: {error:#}");
     }
+    if runs_engine {
+        end_at_once(result.is_ok());
+    }
+    result.unwrap_or(ExitCode::FAILURE)
+}
+
+/// Ends the process without the exit handlers of the libraries in it. A compiler that was interrupted may still run on
+/// threads of its own, and would crash when its statics are destroyed under it.
+fn end_at_once(success: bool) -> ! {
+    // Whoever read the output may be gone.
+    let _ = std::io::stdout().flush();
+    // SAFETY: it only ends the process; nothing of it is used afterwards.
+    unsafe { libc::_exit(i32::from(!success)) }
 }
 
 fn run(command: Command, limits: &Limits) -> anyhow::Result<ExitCode> {
@@ -79,12 +90,14 @@ fn usage_error(refused: &refuse::Refused) -> ExitCode {
     ExitCode::from(USAGE)
 }
 
-/// Bounds XLA's thread pool on a CPU, which is as large as the machine otherwise. An operator's own value stays.
-fn bound_pjrt_threads(threads: usize) {
-    const VARIABLE: &str = "PJRT_NPROC";
-    if std::env::var_os(VARIABLE).is_none() {
-        // SAFETY: this process has no other thread yet: it is called from `main` before anything starts one.
-        unsafe { std::env::set_var(VARIABLE, threads.to_string()) };
+/// Settings that XLA reads from the environment: how many threads its pool has on a CPU (as many as the machine has cores
+/// otherwise), and that it keeps notes about itself out of the log. An operator's own values stay.
+fn prepare_xla_environment(threads: usize) {
+    for (name, value) in [("PJRT_NPROC", threads.to_string()), ("TF_CPP_MIN_LOG_LEVEL", "1".to_owned())] {
+        if std::env::var_os(name).is_none() {
+            // SAFETY: this process has no other thread yet: `main` calls this before anything starts one.
+            unsafe { std::env::set_var(name, value) };
+        }
     }
 }
 

@@ -1,9 +1,6 @@
 //! What a server must know of a model besides its weights: tokenizer, chat template, defaults, end tokens.
 
-use std::{
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::{path::Path, sync::Arc};
 
 use anyhow::Context;
 use serde_json::Value;
@@ -17,7 +14,6 @@ use crate::args::ModelArgs;
 pub struct Model {
     pub files: ResolvedModel,
     pub tokenizer: Arc<Tokenizer>,
-    pub tokenizer_path: PathBuf,
     pub chat_template: Option<Arc<ChatTemplate>>,
     pub defaults: GenerationDefaults,
     /// From everywhere the checkpoint names them.
@@ -30,16 +26,15 @@ impl Model {
         let files = ModelPath::resolve(&args.model_path, &hub_options(args), &ConsoleProgress::new())
             .with_context(|| format!("--model-path {}", args.model_path))?;
         let checkpoint = Checkpoint::open(&files)?;
-        let tokenizer_path = args.tokenizer_path.clone().unwrap_or_else(|| files.path().to_owned());
-        let tokenizer = open_tokenizer(&tokenizer_path)
-            .with_context(|| format!("the tokenizer of {}", tokenizer_path.display()))?;
+        let tokenizer_path = args.tokenizer_path.as_deref().unwrap_or_else(|| files.path());
+        let tokenizer =
+            open_tokenizer(tokenizer_path).with_context(|| format!("the tokenizer of {}", tokenizer_path.display()))?;
         let chat_template = chat_template(args.chat_template.as_deref(), &tokenizer)?;
         let end_token_ids = end_token_ids(checkpoint.config(), checkpoint.generation_config(), tokenizer.end_ids());
         let defaults = checkpoint.generation_config().map(generation_defaults).unwrap_or_default();
         Ok(Self {
             files,
             tokenizer: Arc::new(tokenizer),
-            tokenizer_path,
             chat_template: chat_template.map(Arc::new),
             defaults,
             end_token_ids,

@@ -11,13 +11,14 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use anyhow::Context;
 use serde_json::{Map, Value, json};
 use tokio::sync::oneshot;
 use torus_engine::api::{Engine, Readiness};
 use torus_http::{ServedModel, ServerConfig};
 
 use crate::{
-    args::{LogLevel, ServeArgs},
+    args::{ChunkSize, LogLevel, ServeArgs},
     engine,
     limits::Limits,
     logging,
@@ -39,38 +40,53 @@ pub fn run(args: &ServeArgs, limits: &Limits) -> anyhow::Result<ExitCode> {
         [] => vec![model::default_name(&args.engine.model.model_path, &model.files)],
         names => names.to_vec(),
     };
+    check_address(SocketAddr::new(args.http.host, args.http.port))?;
     let engine = engine::start(&args.engine, names[0].clone(), &model, limits)?;
     let has_chat = model.chat_template.is_some();
-    let tokenizer = model.tokenizer.clone();
+    let prompt = warm_up::prompt(args.http.skip_server_warmup, &model.tokenizer);
     let served = served_model(args, model, names.clone(), engine.clone());
     let config = server_config(args, served, metrics);
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(http_threads(limits)).enable_all().build()?;
     runtime.block_on(async {
+        let signals = signals::Signals::new()?;
         let server = torus_http::bind(config).await?;
         let address = server.local_addr();
         tracing::info!(%address, "listening; requests are answered once the model is ready");
-        let (failed, failure) = oneshot::channel();
-        let prompt = warm_up::prompt(args.http.skip_server_warmup, &tokenizer);
         let hint = curl(address, &names[0], has_chat, args.http.api_key.is_some());
-        tokio::spawn(announce(engine.clone(), prompt, hint, failed));
-        tokio::spawn(report::run(engine.clone(), args.decode_log_interval as u64));
-        let signals = signals::Signals::new()?;
-        let (ended_by, reason) = oneshot::channel();
-        server
-            .serve(async {
-                let _ = ended_by.send(tokio::select! {
-                    () = signals.first() => None,
-                    Ok(message) = failure => Some(message),
-                });
-            })
-            .await;
-        // The engine cannot serve: that is no orderly end.
-        if let Ok(Some(message)) = reason.await {
-            anyhow::bail!(message);
+        let (failed, failure) = oneshot::channel();
+        let announcement = tokio::spawn(announce(engine.clone(), prompt, hint, failed));
+        let reports = tokio::spawn(report::run(engine.clone(), args.decode_log_interval as u64));
+        let mut failure_message = None;
+        let end = async {
+            tokio::select! {
+                () = signals.first() => {}
+                Ok(message) = failure => failure_message = Some(message),
+            }
+        };
+        server.serve(end).await;
+        for task in [announcement, reports] {
+            task.abort();
+            // That it was aborted is no news.
+            let _ = task.await;
         }
-        tracing::info!("shut down");
-        Ok(ExitCode::SUCCESS)
+        // The engine ends with its last owner, and that waits for the step or compilation under way.
+        tokio::task::spawn_blocking(move || drop(engine)).await?;
+        match failure_message {
+            // The engine cannot serve: that is no orderly end.
+            Some(message) => Err(anyhow::Error::msg(message)),
+            None => {
+                tracing::info!("shut down");
+                Ok(ExitCode::SUCCESS)
+            }
+        }
+    })
+}
+
+/// Finds out that the address is taken before a model is loaded for nothing.
+fn check_address(address: SocketAddr) -> anyhow::Result<()> {
+    std::net::TcpListener::bind(address).map(drop).with_context(|| {
+        format!("cannot listen on {address}; give another --port, or --port 0 for any that is free, or another --host")
     })
 }
 
@@ -135,7 +151,7 @@ fn server_args(args: &ServeArgs) -> Map<String, Value> {
         "max_total_tokens": schedule.max_total_tokens,
         "max_queued_requests": schedule.max_queued_requests,
         "max_prefill_tokens": schedule.max_prefill_tokens,
-        "chunked_prefill_size": schedule.chunked_prefill_size.map(|size| size.to_string()),
+        "chunked_prefill_size": schedule.chunked_prefill_size.map(ChunkSize::option),
         "page_size": schedule.page_size,
         "attention_backend": args.engine.plugins.attention_backend,
         "schedule_policy": clap::ValueEnum::to_possible_value(&schedule.schedule_policy)

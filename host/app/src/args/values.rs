@@ -1,7 +1,5 @@
 //! Values that options take.
 
-use std::fmt;
-
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Device {
     Cpu,
@@ -81,11 +79,12 @@ pub enum ChunkSize {
     Disabled,
 }
 
-impl fmt::Display for ChunkSize {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+impl ChunkSize {
+    /// As the option is written.
+    pub fn option(self) -> i64 {
         match self {
-            ChunkSize::Tokens(tokens) => write!(f, "{tokens}"),
-            ChunkSize::Disabled => f.write_str("-1"),
+            ChunkSize::Tokens(tokens) => i64::try_from(tokens).unwrap_or(i64::MAX),
+            ChunkSize::Disabled => -1,
         }
     }
 }

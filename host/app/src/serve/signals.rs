@@ -2,10 +2,7 @@
 
 use std::io;
 
-use tokio::{
-    signal::unix::{Signal, SignalKind, signal},
-    task::JoinHandle,
-};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// Listens from the moment it is made, so that no signal gets lost before somebody waits.
 pub struct Signals {
@@ -30,7 +27,7 @@ impl Signals {
     pub async fn first(mut self) {
         let name = self.next().await;
         tracing::info!("{name}: no more requests are taken, running ones may finish; a second signal ends at once");
-        let _: JoinHandle<()> = tokio::spawn(async move {
+        tokio::spawn(async move {
             let name = self.next().await;
             tracing::warn!("{name} again: ending at once");
             // What shells report of a process that a signal ended.
