@@ -2,8 +2,8 @@
 
 mod architecture;
 mod engine;
+mod families;
 mod http;
-mod llama;
 mod openai_client;
 mod plugins;
 mod server;

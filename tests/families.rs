@@ -1,5 +1,5 @@
-//! Tiny random Llama models of every variant against Hugging Face `transformers` (`data/llama/make.py`), through the
-//! whole engine: batched, in chunks, and again with cached prefixes.
+//! Tiny random models of every variant of every stock family against Hugging Face `transformers`
+//! (`data/{family}/make.py`), through the whole engine: batched, in chunks, and again with cached prefixes.
 
 use std::path::{Path, PathBuf};
 
@@ -10,8 +10,8 @@ use torus_weights::ResolvedModel;
 
 use crate::support::{answer, block_on, config, greedy, ready, request};
 
-fn variants() -> Vec<PathBuf> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/llama");
+fn variants(family: &str) -> Vec<PathBuf> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("data").join(family);
     let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
     let mut variants: Vec<_> = entries.filter(|path| path.join("config.json").exists()).collect();
     variants.sort();
@@ -50,10 +50,9 @@ async fn check(engine: &EngineHandle, name: &str, case: &Value, with_prompt_logp
     }
 }
 
-#[test]
-fn every_variant_equals_the_reference() {
-    let variants = variants();
-    assert!(variants.len() >= 8, "{variants:?}");
+fn every_variant_equals_the_reference(family: &str, variants_min: usize) {
+    let variants = variants(family);
+    assert!(variants.len() >= variants_min, "{variants:?}");
     for folder in variants {
         let name = folder.file_name().unwrap().to_str().unwrap().to_owned();
         let golden = std::fs::read_to_string(folder.join("golden.json")).unwrap();
@@ -70,4 +69,9 @@ fn every_variant_equals_the_reference() {
             block_on(join_all(cases.map(|case| check(&engine, &name, case, with_prompt_logprobs))));
         }
     }
+}
+
+#[test]
+fn llama() {
+    every_variant_equals_the_reference("llama", 8);
 }
