@@ -20,9 +20,11 @@ pub mod link;
 mod plugin;
 mod registry;
 mod search;
+mod speculative;
 
 pub use error::{CallError, LinkError, LoadError};
 pub use library::LibraryCache;
 pub use plugin::{AttentionInterface, ModelInterface, OpenModel, Origin, Plugin};
 pub use registry::{Registry, RegistryError};
 pub use search::{SearchPath, candidates};
+pub use speculative::{Drafts, SpeculativeInterface, Speculator};

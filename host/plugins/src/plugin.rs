@@ -10,10 +10,14 @@ use torus_abi::{
     fragment::Package,
     manifest::{Kind, Manifest},
     model::{EmitModel, GgufAnswer, GgufQuery, ModelDescription, ModelOptions},
-    table::{AttentionTable, HostTable, ModelTable, Reply, RuntimeTable, interface, slot},
+    table::{AttentionTable, HostTable, ModelTable, Reply, RuntimeTable, SpeculativeTable, interface, slot},
 };
 
-use crate::{CallError, LoadError, library::Library};
+use crate::{
+    CallError, LoadError,
+    library::Library,
+    speculative::{SpeculativeCalls, SpeculativeInterface},
+};
 
 /// Where a plugin came from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,6 +46,7 @@ pub struct Plugin {
     pub origin: Origin,
     model: Option<ModelInterface>,
     attention: Option<AttentionInterface>,
+    speculative: Option<SpeculativeInterface>,
 }
 
 impl Plugin {
@@ -52,7 +57,8 @@ impl Plugin {
         let reader = TableReader { entry, manifest: &manifest, origin: &origin };
         let model = reader.offers(Kind::Model).then(|| reader.model()).transpose()?;
         let attention = reader.offers(Kind::Attention).then(|| reader.attention()).transpose()?;
-        Ok(Self { manifest, origin, model, attention })
+        let speculative = reader.offers(Kind::Speculative).then(|| reader.speculative()).transpose()?;
+        Ok(Self { manifest, origin, model, attention, speculative })
     }
 
     pub(crate) fn from_library(library: Library) -> Result<Self, LoadError> {
@@ -79,6 +85,10 @@ impl Plugin {
 
     pub fn attention(&self) -> Option<&AttentionInterface> {
         self.attention.as_ref()
+    }
+
+    pub fn speculative(&self) -> Option<&SpeculativeInterface> {
+        self.speculative.as_ref()
     }
 }
 
@@ -202,6 +212,24 @@ impl TableReader<'_> {
             })
         }
     }
+
+    fn speculative(&self) -> Result<SpeculativeInterface, LoadError> {
+        const KIND: Kind = Kind::Speculative;
+        let table: *const SpeculativeTable = self.table(KIND, interface::SPECULATIVE)?;
+        // SAFETY: as in `model`.
+        unsafe {
+            Ok(SpeculativeInterface {
+                plugin: self.manifest.name.clone(),
+                open: self.slot(table, KIND, offset_of!(SpeculativeTable, open), "open")?,
+                calls: SpeculativeCalls {
+                    describe: self.slot(table, KIND, offset_of!(SpeculativeTable, describe), "describe")?,
+                    propose: self.slot(table, KIND, offset_of!(SpeculativeTable, propose), "propose")?,
+                    forget: self.slot(table, KIND, offset_of!(SpeculativeTable, forget), "forget")?,
+                    close: self.slot(table, KIND, offset_of!(SpeculativeTable, close), "close")?,
+                },
+            })
+        }
+    }
 }
 
 type Call = extern "C" fn(RSlice<'_, u8>) -> Reply;
@@ -311,7 +339,7 @@ impl AttentionInterface {
     }
 }
 
-fn request<T: Serialize>(plugin: &str, call: &'static str, message: &T) -> Result<Vec<u8>, CallError> {
+pub(crate) fn request<T: Serialize>(plugin: &str, call: &'static str, message: &T) -> Result<Vec<u8>, CallError> {
     serde_json::to_vec(message).map_err(|error| CallError::MalformedAnswer {
         plugin: plugin.to_owned(),
         call,
@@ -319,11 +347,11 @@ fn request<T: Serialize>(plugin: &str, call: &'static str, message: &T) -> Resul
     })
 }
 
-fn body(plugin: &str, reply: Reply) -> Result<Vec<u8>, CallError> {
+pub(crate) fn body(plugin: &str, reply: Reply) -> Result<Vec<u8>, CallError> {
     reply.into_result().map_err(|fault| CallError::Fault { plugin: plugin.to_owned(), fault })
 }
 
-fn answer<T: DeserializeOwned>(plugin: &str, call: &'static str, reply: Reply) -> Result<T, CallError> {
+pub(crate) fn answer<T: DeserializeOwned>(plugin: &str, call: &'static str, reply: Reply) -> Result<T, CallError> {
     serde_json::from_slice(&body(plugin, reply)?).map_err(|error| CallError::MalformedAnswer {
         plugin: plugin.to_owned(),
         call,

@@ -5,6 +5,7 @@ use crate::{
     fault::Fault,
     fragment::Package,
     model::{EmitModel, GgufAnswer, GgufQuery, ModelDescription, ModelOptions},
+    speculative::{ProposeBatch, SpeculativeDescription, SpeculativeOptions},
 };
 
 /// A model family. A value is one opened checkpoint.
@@ -33,4 +34,20 @@ pub trait Attention: Send + Sync + 'static {
 
     /// Emits the fragment for a query it scored above 0.
     fn emit(request: &EmitAttention) -> Result<Package, Fault>;
+}
+
+/// A speculative algorithm that proposes on the host. A value serves one engine, whose thread alone calls it.
+///
+/// Proposals are only guesses: the engine computes the target model's own choice at every proposed position and keeps
+/// the tokens up to the first that differs. So what is proposed decides how fast tokens come, never which.
+pub trait Speculative: Sized + Send + 'static {
+    fn open(options: &SpeculativeOptions) -> Result<Self, Fault>;
+
+    fn describe(&self) -> SpeculativeDescription;
+
+    /// Proposes continuations of running sequences. Runs in every step: it should not allocate, and must not wait.
+    fn propose(&mut self, batch: &mut ProposeBatch<'_>) -> Result<(), Fault>;
+
+    /// A sequence has ended. What is kept about it under its id is of no more use.
+    fn forget(&mut self, _id: u64) {}
 }

@@ -12,8 +12,12 @@ use std::{
 use abi_stable::std_types::{RSlice, RStr, RVec};
 use serde::{Serialize, de::DeserializeOwned};
 
+mod speculative;
+
+pub use speculative::SpeculativeExport;
+
 use crate::{
-    author::{Attention, Model},
+    author::{Attention, Model, Speculative},
     fault::Fault,
     manifest::{Kind, Manifest},
     table::{AttentionTable, HostTable, ModelTable, Reply, RuntimeTable, interface},
@@ -46,7 +50,14 @@ pub fn linked_plugins() -> impl Iterator<Item = &'static PluginEntry> {
 /// ```
 #[macro_export]
 macro_rules! declare_plugin {
-    (name: $name:literal, description: $description:literal $(, model: $model:ty)? $(, attention: $attention:ty)? $(,)?) => {
+    (
+        name: $name:literal,
+        description: $description:literal
+        $(, model: $model:ty)?
+        $(, attention: $attention:ty)?
+        $(, speculative: $speculative:ty)?
+        $(,)?
+    ) => {
         /// This crate's plugin, as linked-in binaries and the shared library offer it.
         pub const PLUGIN: $crate::export::PluginEntry = {
             extern "C" fn describe() -> $crate::export::Bytes {
@@ -55,6 +66,7 @@ macro_rules! declare_plugin {
                     let mut manifest = $crate::export::manifest($name, env!("CARGO_PKG_VERSION"), $description);
                     $($crate::export::add_model::<$model>(&mut manifest);)?
                     $($crate::export::add_attention::<$attention>(&mut manifest);)?
+                    $($crate::export::add_speculative::<$speculative>(&mut manifest);)?
                     manifest
                 })
             }
@@ -64,6 +76,9 @@ macro_rules! declare_plugin {
                 })?
                 $(if kind.as_str() == $crate::table::interface::ATTENTION {
                     return ::std::ptr::from_ref($crate::export::AttentionExport::<$attention>::TABLE).cast();
+                })?
+                $(if kind.as_str() == $crate::table::interface::SPECULATIVE {
+                    return ::std::ptr::from_ref($crate::export::SpeculativeExport::<$speculative>::TABLE).cast();
                 })?
                 $crate::export::common_interface(kind.as_str())
             }
@@ -149,6 +164,11 @@ pub fn add_model<M: Model>(manifest: &mut Manifest) {
 #[doc(hidden)]
 pub fn add_attention<A: Attention>(manifest: &mut Manifest) {
     manifest.kinds.push(Kind::Attention);
+}
+
+#[doc(hidden)]
+pub fn add_speculative<S: Speculative>(manifest: &mut Manifest) {
+    manifest.kinds.push(Kind::Speculative);
 }
 
 #[doc(hidden)]

@@ -23,6 +23,7 @@ pub mod log;
 pub mod manifest;
 pub mod model;
 pub mod root;
+pub mod speculative;
 pub mod step;
 pub mod table;
 

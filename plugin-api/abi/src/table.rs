@@ -14,6 +14,7 @@ use crate::fault::{Fault, FaultCode};
 pub mod interface {
     pub const MODEL: &str = "model";
     pub const ATTENTION: &str = "attention";
+    pub const SPECULATIVE: &str = "speculative";
     pub const RUNTIME: &str = "runtime";
 }
 
@@ -68,6 +69,48 @@ pub struct AttentionTable {
     pub query: extern "C" fn(request: RSlice<'_, u8>) -> Reply,
     /// [`crate::attention::EmitAttention`] to [`crate::fragment::Package`].
     pub emit: extern "C" fn(request: RSlice<'_, u8>) -> Reply,
+}
+
+/// Calls of a speculative plugin ([`crate::author::Speculative`]). One handle is used by one thread at a time.
+#[repr(C)]
+pub struct SpeculativeTable {
+    pub struct_size: usize,
+    /// [`crate::speculative::SpeculativeOptions`] to a handle, written to `speculator` on success; the body is empty.
+    pub open: unsafe extern "C" fn(request: RSlice<'_, u8>, speculator: *mut *mut c_void) -> Reply,
+    /// To [`crate::speculative::SpeculativeDescription`].
+    pub describe: unsafe extern "C" fn(speculator: *const c_void) -> Reply,
+    /// Step-time: fills what the output points to. Answers 0 or the number of a [`FaultCode`], whose message is logged.
+    pub propose:
+        unsafe extern "C" fn(speculator: *mut c_void, input: *const ProposeInput, output: *mut ProposeOutput) -> u32,
+    /// The sequence has ended; its id may come again for another.
+    pub forget: unsafe extern "C" fn(speculator: *mut c_void, id: u64),
+    pub close: unsafe extern "C" fn(speculator: *mut c_void),
+}
+
+/// What [`SpeculativeTable::propose`] is told. Arrays have an element for each of `rows` sequences.
+#[repr(C)]
+pub struct ProposeInput {
+    pub struct_size: usize,
+    pub rows: usize,
+    /// A number that stays the same as long as the sequence runs.
+    pub ids: *const u64,
+    /// All tokens of the sequence so far, prompt and output. They only grow from call to call.
+    pub tokens: *const *const u32,
+    pub lengths: *const usize,
+    /// Tokens that may be proposed for the sequence in this step, at most [`ProposeOutput::stride`].
+    pub limits: *const u32,
+}
+
+/// Where [`SpeculativeTable::propose`] writes. The memory is the caller's.
+#[repr(C)]
+pub struct ProposeOutput {
+    pub struct_size: usize,
+    /// Elements of `tokens` for each row.
+    pub stride: usize,
+    /// `[rows, stride]`: the proposed continuation, each token following the one before.
+    pub tokens: *mut u32,
+    /// `[rows]`: how many were proposed.
+    pub counts: *mut u32,
 }
 
 /// What every plugin offers, whatever its kind.
@@ -128,6 +171,31 @@ mod tests {
             offset_of!(AttentionTable, emit),
         ];
         assert_eq!(attention, [0, 8, 16]);
+        let speculative = [
+            offset_of!(SpeculativeTable, struct_size),
+            offset_of!(SpeculativeTable, open),
+            offset_of!(SpeculativeTable, describe),
+            offset_of!(SpeculativeTable, propose),
+            offset_of!(SpeculativeTable, forget),
+            offset_of!(SpeculativeTable, close),
+        ];
+        assert_eq!(speculative, [0, 8, 16, 24, 32, 40]);
+        let input = [
+            offset_of!(ProposeInput, struct_size),
+            offset_of!(ProposeInput, rows),
+            offset_of!(ProposeInput, ids),
+            offset_of!(ProposeInput, tokens),
+            offset_of!(ProposeInput, lengths),
+            offset_of!(ProposeInput, limits),
+        ];
+        assert_eq!(input, [0, 8, 16, 24, 32, 40]);
+        let output = [
+            offset_of!(ProposeOutput, struct_size),
+            offset_of!(ProposeOutput, stride),
+            offset_of!(ProposeOutput, tokens),
+            offset_of!(ProposeOutput, counts),
+        ];
+        assert_eq!(output, [0, 8, 16, 24]);
         assert_eq!([offset_of!(RuntimeTable, struct_size), offset_of!(RuntimeTable, attach)], [0, 8]);
         assert_eq!([offset_of!(HostTable, struct_size), offset_of!(HostTable, log)], [0, 8]);
     }
