@@ -11,11 +11,13 @@
 mod args;
 mod cache_dir;
 mod check_env;
+mod ctl;
 mod engine;
 mod generate;
 mod limits;
 mod logging;
 mod model;
+mod operate;
 mod plugins;
 mod serve;
 mod version;
@@ -75,6 +77,7 @@ fn run(command: Command, limits: &Limits) -> anyhow::Result<ExitCode> {
         Command::Serve(args) => serve::run(&args, limits),
         Command::Generate(args) => generate::run(&args, limits),
         Command::Plugins(command) => plugins::run(&command),
+        Command::Ctl(args) => ctl::run(&args),
         Command::CheckEnv(args) => check_env::run(&args, limits),
         Command::Bench(bench) => torus_bench::run(bench).map(|()| ExitCode::SUCCESS),
         Command::Version => {
