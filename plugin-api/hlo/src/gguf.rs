@@ -1,5 +1,5 @@
-//! What every family reads in the same way from a GGUF file: the fields of the `config.json` that the file stands for, and
-//! which of its tensors are which.
+//! What every family reads in the same way from a GGUF file: the fields of the `config.json` that the file stands for,
+//! and which of its tensors are which.
 
 use std::collections::BTreeMap;
 
@@ -143,9 +143,9 @@ impl<'a> GgufFile<'a> {
         Ok(yarn)
     }
 
-    /// The file's tensors under their Hugging Face names: the embedding, the last norm, the head, and in each layer the
-    /// weights and biases of `names`, with the transforms that undo the file's conventions for a GGUF name. Tensors that
-    /// the file lacks are left out: whether they are needed is for the weights of the model to say.
+    /// The file's tensors under their Hugging Face names: the embedding, the last norm, the head, and in each layer
+    /// the weights and biases of `names`, with the transforms that undo the file's conventions for a GGUF name.
+    /// Tensors that the file lacks are left out: whether they are needed is for the weights of the model to say.
     pub fn tensors<'n>(
         &self,
         names: impl IntoIterator<Item = (&'n str, &'n str), IntoIter: Clone>,

@@ -1,5 +1,5 @@
-//! What every family reads in the same way from a Hugging Face `config.json`. A family declares its own fields, with its
-//! own defaults, and hands their values to these functions; what they refuse is named after the field.
+//! What every family reads in the same way from a Hugging Face `config.json`. A family declares its own fields, with
+//! its own defaults, and hands their values to these functions; what they refuse is named after the field.
 
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -55,8 +55,8 @@ pub fn heads(q_heads: u64, kv_heads: Option<u64>, head_dim: Option<u64>, hidden:
     Ok(Heads { q_heads, kv_heads, head_dim })
 }
 
-/// Rotary embeddings of whole heads. `parameters` is the object `rope_parameters`, or the older `rope_scaling`, which has
-/// its `rope_theta` beside it: `theta`.
+/// Rotary embeddings of whole heads. `parameters` is the object `rope_parameters`, or the older `rope_scaling`, which
+/// has its `rope_theta` beside it: `theta`.
 pub fn rope(parameters: Option<&Value>, theta: Option<f64>, head_dim: u64, max_length: u64) -> Result<Rope, Fault> {
     const DEFAULT_THETA: f64 = 10_000.0;
     let parameters = parameters.filter(|value| !value.is_null());
