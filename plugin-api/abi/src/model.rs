@@ -225,3 +225,21 @@ pub enum ModelPart {
     /// Exports `head`: from `[rows, hidden]` to logits `f32 [rows, vocab]`.
     Head { rows: u64 },
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn weights_are_made_of_their_tensors_in_order() {
+        let stems = [("a".to_owned(), 4), ("b".to_owned(), 2)];
+        let matrix = WeightSpec::linear(LinearRole::Column, "ab", 3, &stems);
+        assert_eq!((matrix.shape, matrix.role), (vec![6, 3], WeightRole::Linear(LinearRole::Column)));
+        assert_eq!(matrix.sources, [WeightSource::new("a.weight", [4, 3]), WeightSource::new("b.weight", [2, 3])]);
+        let bias = WeightSpec::vector("bias", "ab_bias", &stems);
+        assert_eq!((bias.shape, bias.role), (vec![6], WeightRole::Vector));
+        assert_eq!(bias.sources, [WeightSource::new("a.bias", [4]), WeightSource::new("b.bias", [2])]);
+        let roles = [true, false].map(|tied| WeightSpec::embedding("embed", "e", [5, 3], tied).role);
+        assert_eq!(roles, [WeightRole::EmbedAndHead, WeightRole::Embed]);
+    }
+}
