@@ -92,6 +92,8 @@ struct Fields {
     layer_types: Option<Vec<String>>,
     #[serde(default = "is_causal")]
     is_causal: bool,
+    /// Of the checkpoints for a million tokens; `transformers` does not read it.
+    dual_chunk_attention_config: Option<Value>,
     torch_dtype: Option<String>,
     dtype: Option<String>,
 }
@@ -173,6 +175,11 @@ impl Fields {
         }
         if !self.is_causal {
             return refuse("is_causal: attention to later tokens is not implemented".into());
+        }
+        if self.dual_chunk_attention_config.is_some() {
+            return refuse(
+                "dual_chunk_attention_config is not implemented: remove it to serve with full attention".into(),
+            );
         }
         match &self.layer_types {
             Some(types) => {
@@ -263,6 +270,7 @@ mod tests {
     fn what_the_graph_does_not_do_is_named() {
         for (field, value) in [
             ("architectures", json!(["Qwen2MoeForCausalLM"])),
+            ("dual_chunk_attention_config", json!({"chunk_size": 262144})),
             ("hidden_act", json!("mish")),
             ("is_causal", json!(false)),
             ("layer_types", json!(["full_attention", "sliding_attention"])),
