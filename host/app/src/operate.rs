@@ -57,7 +57,8 @@ impl Operator for Workshop {
 
     fn load_plugin(&self, request: &LoadPlugin) -> Result<PluginInfo, OperateError> {
         let refused = |error: &dyn std::fmt::Display| OperateError::invalid("file", error.to_string());
-        let file = plugins::search_path(&self.args.plugins).find(&request.file).map_err(|error| refused(&error))?;
+        let file =
+            plugins::folders_at_run_time(&self.args.plugins).find(&request.file).map_err(|error| refused(&error))?;
         let libraries = LibraryCache::new(self.machine.cache().libraries());
         // On a copy: loading runs code of the plugin, and nothing may wait for that.
         let mut registry = self.registry();

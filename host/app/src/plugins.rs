@@ -15,13 +15,17 @@ use crate::{
 /// The plugins that a server with these options has.
 pub fn registry(args: &PluginArgs, cache: &CacheDir) -> Result<Registry, RegistryError> {
     let mut registry = if args.no_linked_plugins { Registry::default() } else { Registry::linked()? };
-    registry.load_all(&search_path(args), &LibraryCache::new(cache.libraries()))?;
+    let path = SearchPath::of_process(args.files.clone());
+    registry.load_all(&path, &LibraryCache::new(cache.libraries()))?;
     Ok(registry)
 }
 
-/// Where a server with these options looks for plugins, and from where it loads more while it runs.
-pub fn search_path(args: &PluginArgs) -> SearchPath {
-    SearchPath::of_process(args.files.clone(), args.folders.clone())
+/// From where a server with these options loads plugins while it runs: the folders it has looked into at its start, and
+/// those it was told to leave for later.
+pub fn folders_at_run_time(args: &PluginArgs) -> SearchPath {
+    let mut path = SearchPath::of_process(Vec::new());
+    path.folders.extend(args.folders.iter().cloned());
+    path
 }
 
 pub fn run(command: &PluginsCommand) -> anyhow::Result<ExitCode> {

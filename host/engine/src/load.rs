@@ -137,7 +137,7 @@ pub(crate) fn load(config: &EngineConfig, shared: &Shared) -> Result<Loaded, Sta
         max_running: plan.max_running as u64,
         description,
     };
-    let key = cache_key(config, &target, &[&plugin, &attention])?;
+    let key = cache_key(config, &target)?;
     let compiler = Compiler::new(target.client.clone(), shared, config.cache_dir.as_deref(), key);
     let programs = compile(config, &compiler, &assembler, &plan, shared)?;
     let reservation = at_once.map_or_else(|| wait_for_memory(config, bytes, shared), Ok)?;
@@ -324,8 +324,9 @@ fn load_weights(
     Ok(sink.buffers)
 }
 
-/// Everything that decides machine code beside a program's text.
-fn cache_key(config: &EngineConfig, target: &Target, plugins: &[&Arc<Plugin>]) -> Result<CacheKey, StartError> {
+/// Everything that decides machine code beside a program's text. What the plugins decide is in the text, so that another
+/// version of a plugin that emits the same is ready at once.
+fn cache_key(config: &EngineConfig, target: &Target) -> Result<CacheKey, StartError> {
     let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let flags = cpu.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
     let mut key = CacheKey::new()
@@ -336,7 +337,7 @@ fn cache_key(config: &EngineConfig, target: &Target, plugins: &[&Arc<Plugin>]) -
     for variable in ["XLA_FLAGS", "LIBTPU_INIT_ARGS", "PJRT_NPROC"] {
         key = key.with(variable, std::env::var(variable).unwrap_or_default());
     }
-    Ok(plugins.iter().fold(key, |key, plugin| key.with("plugin", plugin.identity())))
+    Ok(key)
 }
 
 struct Programs {

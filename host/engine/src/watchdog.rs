@@ -15,6 +15,7 @@ use crate::{api::Readiness, handle::Shared};
 /// ends after all; what hangs in a device cannot be taken back from here.
 pub(crate) struct Watchdog {
     state: Arc<State>,
+    thread: Option<thread::Thread>,
 }
 
 struct State {
@@ -54,10 +55,11 @@ impl Watchdog {
             }
         };
         // Without the thread nothing is watched, and everything else works.
-        if let Err(error) = thread::Builder::new().name("torus-watchdog".into()).spawn(watch) {
+        let started = thread::Builder::new().name("torus-watchdog".into()).spawn(watch);
+        if let Err(error) = &started {
             tracing::warn!(%error, "hung steps will not be noticed");
         }
-        Self { state }
+        Self { state, thread: started.ok().map(|handle| handle.thread().clone()) }
     }
 
     /// A step begins.
@@ -80,5 +82,7 @@ impl Watchdog {
 impl Drop for Watchdog {
     fn drop(&mut self) {
         self.state.stopped.store(true, Ordering::Release);
+        // It would else sleep on long after its engine.
+        self.thread.iter().for_each(thread::Thread::unpark);
     }
 }

@@ -129,8 +129,8 @@ pub struct PluginArgs {
     /// given several times
     #[arg(long = "plugin", value_name = "FILE")]
     pub files: Vec<PathBuf>,
-    /// Folder from which administrators may load plugins while the server runs; its plugins are loaded at the start too.
-    /// May be given several times
+    /// Folder from which administrators may load plugins while the server runs; nothing of it is loaded at the start. May
+    /// be given several times
     #[arg(long = "plugin-dir", value_name = "FOLDER")]
     pub folders: Vec<PathBuf>,
     /// Use only plugins loaded from files, not those built in
