@@ -119,7 +119,12 @@ async fn swap(State(app): State<Arc<App>>, request: Request) -> Result<Response,
     let drain_timeout = match body.optional::<f64>("drain_timeout_s")?.map(Duration::try_from_secs_f64) {
         None => DRAIN_TIMEOUT,
         Some(Ok(timeout)) => timeout,
-        Some(Err(_)) => return Err(ApiError::bad_request("drain_timeout_s", "must be a number of seconds")),
+        Some(Err(_)) => {
+            return Err(ApiError::bad_request(
+                "drain_timeout_s",
+                "drain_timeout_s must be a number of seconds, 0 or above",
+            ));
+        }
     };
     let request: ModelRequest = body.rest()?;
     if taker.is_some() && (request != ModelRequest::default() || mode.is_some()) {

@@ -8,5 +8,6 @@ mod engine;
 mod generate;
 mod guard;
 mod leaving;
+mod operate;
 mod refusals;
 mod support;
