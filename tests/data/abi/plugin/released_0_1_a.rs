@@ -8,3 +8,7 @@ torus_abi::export_plugin! {
     model: toy::Toy,
     attention: toy::Toy,
 }
+
+fn opening() -> String {
+    "opening a toy".into()
+}

@@ -10,3 +10,7 @@ torus_abi::export_plugin! {
     attention: toy::Toy,
     speculative: counting::Counting,
 }
+
+fn opening() -> String {
+    "opening a toy".into()
+}

@@ -1,5 +1,5 @@
 //! A model of one layer and an attention backend that answers with the query. What they do wrong is chosen by the
-//! config (`"panic"`) and the window (0).
+//! config (`"panic"`) and the window (0). What it logs on opening is the layout's, which may use its host for it.
 
 use std::collections::BTreeMap;
 
@@ -40,7 +40,7 @@ impl Model for Toy {
     }
 
     fn open(options: &ModelOptions) -> Result<Self, Fault> {
-        log(Level::Info, "opening a toy");
+        log(Level::Info, &crate::opening());
         assert!(options.config.get("panic").is_none(), "the config says so");
         let hidden = options.config.get("hidden_size").and_then(|value| value.as_u64());
         Ok(Self { hidden: hidden.ok_or_else(|| Fault::unsupported("hidden_size is missing"))? })
