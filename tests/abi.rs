@@ -11,17 +11,16 @@ use std::{
     sync::Arc,
 };
 
-use serde_json::json;
+use serde_json::{Value, from_value, json};
 use tempfile::TempDir;
 use torus_abi::{
-    DType, TensorType,
-    attention::{AttentionQuery, EmitAttention, Target},
+    TensorType,
+    attention::{AttentionQuery, EmitAttention},
     fault::{Fault, FaultCode},
-    fragment::{Import, Operation, WeightHandle},
+    fragment::{Import, Operation},
     manifest::Kind,
-    model::{AttentionSpec, EmitModel, GgufQuery, ModelOptions, ModelPart, Parallel, StateHandle},
+    model::{EmitModel, GgufQuery, ModelOptions},
     speculative::{Sequence, SpeculativeOptions},
-    step::StepShape,
 };
 use torus_plugins::{
     AttentionInterface, CallError, LibraryCache, ModelInterface, Plugin, Registry, SpeculativeInterface,
@@ -94,14 +93,13 @@ fn fault<T: std::fmt::Debug>(result: Result<T, CallError>) -> (FaultCode, String
 }
 
 const HIDDEN: u64 = 4;
-const SHAPE: StepShape = StepShape { tokens: 3, seqs: 2, page_size: 4, pages: 5, page_table: 6 };
 
 fn tensor(text: &str) -> TensorType {
     text.parse().unwrap()
 }
 
-fn options(config: serde_json::Value) -> ModelOptions {
-    ModelOptions { config, parallel: Parallel::default() }
+fn options(config: Value) -> ModelOptions {
+    from_value(json!({ "config": config })).unwrap()
 }
 
 fn exercise_model(model: &ModelInterface) {
@@ -119,30 +117,30 @@ fn exercise_model(model: &ModelInterface) {
     let description = opened.describe().unwrap();
     assert_eq!((description.hidden, description.layers.as_slice()), (HIDDEN, [0].as_slice()));
     assert_eq!(description.weights[0].shape, [description.vocab, HIDDEN]);
-    let head = emit_model(ModelPart::Head { rows: 2 });
+    let head = emit_model(json!({ "head": { "rows": 2 } }));
     assert!(opened.emit(&head).unwrap().fragment.exports.contains_key("head"));
     let lacking = EmitModel { weights: [].into(), ..head };
     assert_eq!(fault(opened.emit(&lacking)).0, FaultCode::Invalid);
 }
 
-fn emit_model(part: ModelPart) -> EmitModel {
-    let weight = WeightHandle { parts: vec![tensor("f32[8,4]")], storage: "plain".into() };
-    EmitModel {
-        part,
-        dtype: DType::F32,
-        weights: [("embed".to_owned(), weight)].into(),
-        state: vec![StateHandle { pool: vec![tensor("f32[20,1,4]")], context: vec![tensor("i32[3]")] }],
-    }
+/// Messages are written as JSON: the structs may gain fields.
+fn emit_model(part: Value) -> EmitModel {
+    let weights = json!({ "embed": { "parts": ["f32[8,4]"], "storage": "plain" } });
+    let state = json!([{ "pool": ["f32[20,1,4]"], "context": ["i32[3]"] }]);
+    from_value(json!({ "part": part, "dtype": "f32", "weights": weights, "state": state })).unwrap()
+}
+
+fn shape() -> Value {
+    json!({ "tokens": 3, "seqs": 2, "page_size": 4, "pages": 5, "page_table": 6 })
 }
 
 fn attention_query(window: Option<u64>, soft_cap: Option<f32>, q_heads: u64) -> AttentionQuery {
-    AttentionQuery {
-        spec: AttentionSpec { q_heads, kv_heads: 1, head_dim: HIDDEN, scale: 1.0, window, soft_cap },
-        dtype: DType::F32,
-        kv_dtype: DType::F32,
-        shape: SHAPE,
-        target: Target { platform: "cpu".into(), device_kind: String::new() },
-    }
+    let spec = json!({
+        "q_heads": q_heads, "kv_heads": 1, "head_dim": HIDDEN, "scale": 1.0, "window": window, "soft_cap": soft_cap,
+    });
+    let target = json!({ "platform": "cpu" });
+    let query = json!({ "spec": spec, "dtype": "f32", "kv_dtype": "f32", "shape": shape(), "target": target });
+    from_value(query).unwrap()
 }
 
 fn exercise_attention(attention: &AttentionInterface) {
@@ -156,13 +154,8 @@ fn exercise_attention(attention: &AttentionInterface) {
 }
 
 fn exercise_speculative(speculative: &SpeculativeInterface) {
-    let options = SpeculativeOptions {
-        vocab: 100,
-        context_length: 64,
-        max_sequences: 4,
-        max_draft_tokens: 4,
-        parameters: Default::default(),
-    };
+    let options = json!({ "vocab": 100, "context_length": 64, "max_sequences": 4, "max_draft_tokens": 4 });
+    let options: SpeculativeOptions = from_value(options).unwrap();
     let mut speculator = speculative.open(&options).unwrap();
     assert_eq!(speculator.description().draft_tokens, 2);
     let mut propose = |tokens: &[u32], limit| {
@@ -183,7 +176,7 @@ fn exercise_speculative(speculative: &SpeculativeInterface) {
 /// The fragments of both kinds link, as the engine links them: attention by the backend's own function.
 fn exercise_linker(plugin: &Plugin) {
     let model = plugin.model().unwrap().open(&options(json!({ "hidden_size": HIDDEN }))).unwrap();
-    let hidden = model.emit(&emit_model(ModelPart::Hidden { shape: SHAPE, capture: vec![] })).unwrap().fragment;
+    let hidden = model.emit(&emit_model(json!({ "hidden": { "shape": shape() } }))).unwrap().fragment;
     let query = attention_query(None, None, 1);
     let attention = plugin.attention().unwrap().emit(&EmitAttention { kind: 0, query }).unwrap().fragment;
     let units = [&hidden, &attention].map(|fragment| Unit { plugin: plugin.name(), fragment });
@@ -193,13 +186,11 @@ fn exercise_linker(plugin: &Plugin) {
     let mut implement = |import: &Import| {
         Ok(match import.operation {
             Operation::Attention { .. } => Implementation::Alias(target.clone()),
-            _ => Implementation::Functions(vec![torus_abi::fragment::Function {
-                symbol: import.symbol.clone(),
-                arguments: import.arguments.clone(),
-                results: import.results.clone(),
-                calls: vec![],
-                text: String::new(),
-            }]),
+            _ => {
+                let Import { symbol, arguments, results, .. } = import;
+                let function = json!({ "symbol": symbol, "arguments": arguments, "results": results, "text": "" });
+                Implementation::Functions(vec![from_value(function).unwrap()])
+            }
         })
     };
     let linked = link(&units, &[root], &mut implement).unwrap();

@@ -1,20 +1,17 @@
 //! A model of one layer and an attention backend that answers with the query. What they do wrong is chosen by the
 //! config (`"panic"`) and the window (0). What it logs on opening is the layout's, which may use its host for it.
+//!
+//! Answers are written as JSON: the plugin API's structs may gain fields, and this must build with every revision.
 
-use std::collections::BTreeMap;
-
+use serde_json::{Value, from_value, json};
 use torus_abi::{
     DType, TensorType,
     attention::{AttentionAnswer, AttentionQuery, EmitAttention},
     author::{Attention, Model},
     fault::Fault,
-    fragment::{Export, Fragment, Function, Import, LinearRole, Operand, Operation, Package, WeightOperand},
+    fragment::Package,
     log::{Level, log},
-    model::{
-        AttentionSpec, EmitModel, GgufAnswer, GgufQuery, GgufTensor, ModelDescription, ModelOptions, ModelPart,
-        StateKind, WeightRole, WeightSource, WeightSpec,
-    },
-    step::StepInput,
+    model::{EmitModel, GgufAnswer, GgufQuery, ModelDescription, ModelOptions, ModelPart},
 };
 
 /// Every symbol starts with the library's own name, so that fragments of two layouts can be linked together.
@@ -34,9 +31,8 @@ impl Model for Toy {
     fn from_gguf(query: &GgufQuery) -> Result<GgufAnswer, Fault> {
         let hidden = query.metadata.get("toy.embedding_length").and_then(|value| value.as_u64());
         let hidden = hidden.ok_or_else(|| Fault::invalid("toy.embedding_length is missing"))?;
-        let embed = GgufTensor { name: "token_embd.weight".into(), transforms: vec![] };
-        let config = [("hidden_size", hidden)].into_iter().collect();
-        Ok(GgufAnswer { config, tensors: [(TENSOR.to_owned(), embed)].into(), ignored_tensors: vec![] })
+        let tensors = json!({ TENSOR: { "name": "token_embd.weight" } });
+        from_value(json!({ "config": { "hidden_size": hidden }, "tensors": tensors })).map_err(malformed)
     }
 
     fn open(options: &ModelOptions) -> Result<Self, Fault> {
@@ -47,114 +43,97 @@ impl Model for Toy {
     }
 
     fn describe(&self) -> ModelDescription {
-        let spec =
-            AttentionSpec { q_heads: 1, kv_heads: 1, head_dim: self.hidden, scale: 1.0, window: None, soft_cap: None };
-        let shape = vec![VOCAB, self.hidden];
-        let source = WeightSource { tensor: TENSOR.into(), shape: shape.clone(), transforms: vec![] };
-        ModelDescription {
-            architecture: Self::ARCHITECTURES[0].into(),
-            hidden: self.hidden,
-            vocab: VOCAB,
-            context_length: 64,
-            dtype: DType::F32,
-            kinds: vec![StateKind::Paged(spec)],
-            layers: vec![0],
-            weights: vec![WeightSpec {
-                name: EMBED.into(),
-                shape,
-                role: WeightRole::EmbedAndHead,
-                sources: vec![source],
-            }],
-            ignored_tensors: vec![],
-        }
+        let shape = [VOCAB, self.hidden];
+        let source = json!({ "tensor": TENSOR, "shape": shape });
+        let kind = json!({ "state": "paged", "q_heads": 1, "kv_heads": 1, "head_dim": self.hidden, "scale": 1.0 });
+        let description = json!({
+            "architecture": Self::ARCHITECTURES[0], "hidden": self.hidden, "vocab": VOCAB, "context_length": 64,
+            "dtype": "f32", "kinds": [kind], "layers": [0],
+            "weights": [{ "name": EMBED, "shape": shape, "role": "embed_and_head", "sources": [source] }],
+        });
+        from_value(description).unwrap_or_else(|error| panic!("{error}"))
     }
 
     fn emit(&self, request: &EmitModel) -> Result<Package, Fault> {
         match request.part {
             ModelPart::Hidden { shape, .. } => self.emit_hidden(request, shape.tokens),
-            ModelPart::Head { rows } => self.emit_head(request, rows),
+            ModelPart::Head { rows, .. } => self.emit_head(request, rows),
         }
     }
 }
 
 impl Toy {
-    fn weight(&self, request: &EmitModel) -> Result<(WeightOperand, Vec<TensorType>), Fault> {
+    fn weight(&self, request: &EmitModel) -> Result<(Value, Vec<TensorType>), Fault> {
         let handle = request.weights.get(EMBED).ok_or_else(|| Fault::invalid("the weight 'embed' is missing"))?;
-        let (storage, parts) = (handle.storage.clone(), handle.parts.len());
-        Ok((WeightOperand { shape: vec![VOCAB, self.hidden], storage, parts }, handle.parts.clone()))
+        let operand = json!({
+            "shape": [VOCAB, self.hidden], "storage": handle.storage, "parts": handle.parts.len(),
+        });
+        Ok((operand, handle.parts.clone()))
     }
 
     /// Embeds, attends, and that is all.
     fn emit_hidden(&self, request: &EmitModel, tokens: u64) -> Result<Package, Fault> {
         let (weight, weights) = self.weight(request)?;
         let state = request.state.first().ok_or_else(|| Fault::invalid("the state of the layer is missing"))?;
-        let (pool, context) = (&state.pool, &state.context);
+        let (pool, context, dtype) = (&state.pool, &state.context, request.dtype);
         let ids = TensorType::new(DType::I32, [tokens]);
-        let rows = TensorType::new(request.dtype, [tokens, self.hidden]);
-        let heads = TensorType::new(request.dtype, [tokens, 1, self.hidden]);
+        let rows = TensorType::new(dtype, [tokens, self.hidden]);
+        let heads = TensorType::new(dtype, [tokens, 1, self.hidden]);
 
         let embed = Import {
             symbol: symbol("embed"),
-            operation: Operation::Embed { weight, result: request.dtype },
+            operation: json!({ "op": "embed", "weight": weight, "result": dtype }),
             arguments: [vec![ids.clone()], weights.clone()].concat(),
             results: vec![rows.clone()],
-            default: None,
         };
+        let (pool_parts, context_parts) = (pool.len(), context.len());
         let attention = Import {
             symbol: symbol("attend"),
-            operation: Operation::Attention { kind: 0, pool_parts: pool.len(), context_parts: context.len() },
+            operation: json!({
+                "op": "attention", "kind": 0, "pool_parts": pool_parts, "context_parts": context_parts,
+            }),
             arguments: [vec![heads.clone(); 3], pool.clone(), context.clone()].concat(),
             results: [vec![heads.clone()], pool.clone()].concat(),
-            default: None,
         };
 
         let mut body = Body::new([vec![ids], weights.clone(), pool.clone(), context.clone()].concat());
         let embedded = body.call(&embed, 0..1 + weights.len());
         let query = body.reshape(embedded[0], heads);
         let state_at = 1 + weights.len();
-        let state_values = state_at..state_at + pool.len() + context.len();
+        let state_values = state_at..state_at + pool_parts + context_parts;
         let attended = body.call(&attention, [query; 3].into_iter().chain(state_values));
         let result = body.reshape(attended[0], rows);
         let results = [vec![result], attended[1..].to_vec()].concat();
-        let function = body.finish(&symbol("hidden"), &results);
 
-        let pool_parts = || (0..pool.len()).map(|part| Operand::Pool { layer: 0, part });
-        let weight_parts = (0..weights.len()).map(|part| Operand::Weight { name: EMBED.into(), part });
-        let context_parts = (0..context.len()).map(|part| Operand::Context { kind: 0, part });
-        let export = Export {
-            symbol: function.symbol.clone(),
-            arguments: [Operand::Tokens]
-                .into_iter()
-                .chain(weight_parts)
-                .chain(pool_parts())
-                .chain(context_parts)
-                .collect(),
-            results: [Operand::Hidden].into_iter().chain(pool_parts()).collect(),
-        };
-        Ok(package(vec![function], vec![embed, attention], [("hidden".to_owned(), export)].into()))
+        let pools = (0..pool_parts).map(|part| json!({ "pool": { "layer": 0, "part": part } }));
+        let contexts = (0..context_parts).map(|part| json!({ "context": { "kind": 0, "part": part } }));
+        let arguments = list("tokens", weight_parts(&weights).chain(pools.clone()).chain(contexts));
+        let export = json!({
+            "symbol": symbol("hidden"), "arguments": arguments,
+            "results": list("hidden", pools),
+        });
+        let functions = [body.finish(&symbol("hidden"), &results)];
+        package(&functions, &[embed.message(), attention.message()], json!({ "hidden": export }))
     }
 
     fn emit_head(&self, request: &EmitModel, rows: u64) -> Result<Package, Fault> {
         let (weight, weights) = self.weight(request)?;
-        let operation =
-            Operation::Linear { weight, role: LinearRole::Head, bias: None, residual: false, result: DType::F32 };
         let linear = Import {
             symbol: symbol("project"),
-            operation,
+            operation: json!({
+                "op": "linear", "weight": weight, "role": "head", "bias": null, "residual": false, "result": "f32",
+            }),
             arguments: [vec![TensorType::new(request.dtype, [rows, self.hidden])], weights.clone()].concat(),
             results: vec![TensorType::new(DType::F32, [rows, VOCAB])],
-            default: None,
         };
         let mut body = Body::new(linear.arguments.clone());
         let logits = body.call(&linear, 0..linear.arguments.len());
-        let function = body.finish(&symbol("head"), &logits);
-        let weight_parts = (0..weights.len()).map(|part| Operand::Weight { name: EMBED.into(), part });
-        let export = Export {
-            symbol: function.symbol.clone(),
-            arguments: [Operand::Hidden].into_iter().chain(weight_parts).collect(),
-            results: vec![Operand::Logits],
-        };
-        Ok(package(vec![function], vec![linear], [("head".to_owned(), export)].into()))
+        let export = json!({
+            "symbol": symbol("head"), "results": ["logits"],
+            "arguments": list("hidden", weight_parts(&weights)),
+        });
+        let functions = [body.finish(&symbol("head"), &logits)];
+        package(&functions, &[linear.message()], json!({ "head": export }))
     }
 }
 
@@ -162,61 +141,76 @@ impl Attention for Toy {
     fn query(query: &AttentionQuery) -> Result<AttentionAnswer, Fault> {
         let (spec, shape) = (&query.spec, &query.shape);
         if spec.soft_cap.is_some() {
-            return Ok(AttentionAnswer::refuse("soft caps are not for toys"));
+            return from_value(json!({ "score": 0, "reason": "soft caps are not for toys" })).map_err(malformed);
         }
         if spec.q_heads == 0 {
             return Err(Fault::invalid("q_heads is 0"));
         }
         assert_ne!(spec.window, Some(0), "nothing to see");
-        let slots = shape.pages * shape.page_size;
-        Ok(AttentionAnswer {
-            score: 1,
-            reason: "a toy".into(),
-            pool: vec![TensorType::new(query.kv_dtype, [slots, spec.kv_heads, spec.head_dim])],
-            page_bytes: shape.page_size * spec.kv_heads * spec.head_dim * query.kv_dtype.bytes() as u64,
-            inputs: vec![StepInput::Positions],
-            context: vec![StepInput::Positions.tensor_type(shape)],
-        })
+        let pool = TensorType::new(query.kv_dtype, [shape.pages * shape.page_size, spec.kv_heads, spec.head_dim]);
+        let answer = json!({
+            "score": 1, "reason": "a toy", "pool": [pool],
+            "page_bytes": shape.page_size * spec.kv_heads * spec.head_dim * query.kv_dtype.bytes() as u64,
+            "inputs": ["positions"], "context": [TensorType::new(DType::I32, [shape.tokens])],
+        });
+        from_value(answer).map_err(malformed)
     }
 
     fn emit(request: &EmitAttention) -> Result<Package, Fault> {
         let (kind, query) = (request.kind, &request.query);
         let answer = Self::query(query)?;
-        let context = Body::new(answer.context.clone()).finish(&symbol(&format!("context_{kind}")), &[0]);
-        let context_export = Export {
-            symbol: context.symbol.clone(),
-            arguments: vec![Operand::Step(StepInput::Positions)],
-            results: vec![Operand::Context { kind, part: 0 }],
-        };
-
-        let tokens = query.shape.tokens;
-        let heads = |heads| TensorType::new(query.dtype, [tokens, heads, query.spec.head_dim]);
+        let heads = |heads| TensorType::new(query.dtype, [query.shape.tokens, heads, query.spec.head_dim]);
         let (q, kv) = (heads(query.spec.q_heads), heads(query.spec.kv_heads));
-        let arguments = [vec![q, kv.clone(), kv], answer.pool, answer.context].concat();
-        let attention = Body::new(arguments).finish(&symbol(&format!("attention_{kind}")), &[0, 3]);
-        let pool = Operand::Pool { layer: 0, part: 0 };
-        let attention_export = Export {
-            symbol: attention.symbol.clone(),
-            arguments: vec![
-                Operand::Query,
-                Operand::Key,
-                Operand::Value,
-                pool.clone(),
-                Operand::Context { kind, part: 0 },
-            ],
-            results: vec![Operand::Attended, pool],
-        };
-        let exports = [("context".to_owned(), context_export), ("attention".to_owned(), attention_export)];
-        Ok(package(vec![context, attention], vec![], exports.into()))
+        let arguments = [vec![q, kv.clone(), kv], answer.pool, answer.context.clone()].concat();
+        let (context, attention) = (symbol(&format!("context_{kind}")), symbol(&format!("attention_{kind}")));
+        let functions =
+            [Body::new(answer.context).finish(&context, &[0]), Body::new(arguments).finish(&attention, &[0, 3])];
+        let part = json!({ "context": { "kind": kind, "part": 0 } });
+        let pool = json!({ "pool": { "layer": 0, "part": 0 } });
+        let exports = json!({
+            "context": { "symbol": context, "arguments": [{ "step": "positions" }], "results": [part] },
+            "attention": {
+                "symbol": attention, "arguments": ["query", "key", "value", pool, part], "results": ["attended", pool],
+            },
+        });
+        package(&functions, &[], exports)
     }
+}
+
+fn malformed(error: serde_json::Error) -> Fault {
+    Fault::internal(error.to_string())
 }
 
 fn symbol(name: &str) -> String {
     format!("{PREFIX}.{name}")
 }
 
-fn package(functions: Vec<Function>, imports: Vec<Import>, exports: BTreeMap<String, Export>) -> Package {
-    Package { fragment: Fragment { functions, imports, exports } }
+fn weight_parts(weights: &[TensorType]) -> impl Iterator<Item = Value> {
+    (0..weights.len()).map(|part| json!({ "weight": { "name": EMBED, "part": part } }))
+}
+
+fn list(first: &str, others: impl Iterator<Item = Value>) -> Value {
+    std::iter::once(json!(first)).chain(others).collect()
+}
+
+fn package(functions: &[Value], imports: &[Value], exports: Value) -> Result<Package, Fault> {
+    let fragment = json!({ "functions": functions, "imports": imports, "exports": exports });
+    from_value(json!({ "fragment": fragment })).map_err(malformed)
+}
+
+/// An operation that the host supplies.
+struct Import {
+    symbol: String,
+    operation: Value,
+    arguments: Vec<TensorType>,
+    results: Vec<TensorType>,
+}
+
+impl Import {
+    fn message(&self) -> Value {
+        let Self { symbol, operation, arguments, results } = self;
+        json!({ "symbol": symbol, "operation": operation, "arguments": arguments, "results": results })
+    }
 }
 
 /// A function in the making. A value is an index into `values`, which hold each its spelling and type.
@@ -270,7 +264,7 @@ impl Body {
         self.values.len() - 1
     }
 
-    fn finish(self, symbol: &str, results: &[usize]) -> Function {
+    fn finish(self, symbol: &str, results: &[usize]) -> Value {
         let arguments: Vec<_> = (0..self.arguments).collect();
         let typed = arguments.iter().map(|i| format!("{}: {}", self.values[*i].0, self.values[*i].1.mlir()));
         let (takes, gives) = (self.types(&arguments), self.types(results));
@@ -281,7 +275,9 @@ impl Body {
             self.text,
             self.names(results),
         );
-        let of = |values: &[usize]| values.iter().map(|value| self.values[*value].1.clone()).collect();
-        Function { symbol: symbol.to_owned(), arguments: of(&arguments), results: of(results), calls: self.calls, text }
+        let of = |values: &[usize]| values.iter().map(|value| self.values[*value].1.clone()).collect::<Vec<_>>();
+        json!({
+            "symbol": symbol, "arguments": of(&arguments), "results": of(results), "calls": self.calls, "text": text,
+        })
     }
 }
