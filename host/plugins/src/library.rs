@@ -31,13 +31,17 @@ impl LibraryCache {
         Self { folder: folder.into() }
     }
 
-    pub(crate) fn open(&self, path: &Path) -> Result<Library, LoadError> {
+    /// `pinned`: the SHA-256 that the file must have, in hexadecimal; nothing of another file is run.
+    pub(crate) fn open(&self, path: &Path, pinned: Option<&str>) -> Result<Library, LoadError> {
         let unreadable = |source| LoadError::Unreadable { path: path.to_owned(), source };
         let path = path.canonicalize().map_err(unreadable)?;
         refuse_writable_by_others(&path, "file", &path.metadata().map_err(unreadable)?)?;
         let content = fs::read(&path).map_err(unreadable)?;
-        elf::check(&path, &content)?;
         let sha256 = hex(&Sha256::digest(&content));
+        if let Some(pinned) = pinned.filter(|pinned| !pinned.eq_ignore_ascii_case(&sha256)) {
+            return Err(LoadError::OtherHash { path, found: sha256, pinned: pinned.to_owned() });
+        }
+        elf::check(&path, &content)?;
         let copy = self.store(&sha256, &content)?;
         let root = load_root(&path, &copy)?;
         let entry = PluginEntry { describe: root.describe(), interface: root.interface() };
@@ -89,8 +93,21 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_file_of_another_hash_than_the_pinned_one_is_not_run() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("plugin.so");
+        fs::write(&file, "a library").unwrap();
+        let cache = LibraryCache::new(folder.path().join("cache"));
+        let refused = |pinned: &str| cache.open(&file, Some(pinned)).err().unwrap();
+        let error = refused("00ff");
+        let LoadError::OtherHash { found, .. } = &error else { panic!("{error}") };
+        assert!(error.to_string().contains("00ff"), "{error}");
+        assert!(matches!(refused(&found.to_uppercase()), LoadError::NotALibrary { .. }));
+    }
+
+    #[test]
     fn a_missing_file_is_named() {
-        let error = LibraryCache::new("unused").open(Path::new("/nonexistent/plugin.so")).err().unwrap();
+        let error = LibraryCache::new("unused").open(Path::new("/nonexistent/plugin.so"), None).err().unwrap();
         assert!(error.to_string().contains("/nonexistent/plugin.so"), "{error}");
     }
 
@@ -102,7 +119,7 @@ mod tests {
             .lines()
             .find_map(|line| line.split_whitespace().last().filter(|path| path.contains("libgcc_s")))
             .unwrap();
-        let error = LibraryCache::new(folder.path()).open(Path::new(libc)).err().unwrap();
+        let error = LibraryCache::new(folder.path()).open(Path::new(libc), None).err().unwrap();
         assert!(matches!(error, LoadError::NoRoot { .. }), "{error}");
     }
 }

@@ -8,8 +8,8 @@ use std::{
 
 use crate::LoadError;
 
-/// Where to look, in this order: files named on the command line, the folders of `TORUS_PLUGIN_PATH`, and the folder
-/// `plugins` beside the binary.
+/// Where to look, in this order: files and folders named on the command line, the folders of `TORUS_PLUGIN_PATH`, and
+/// the folder `plugins` beside the binary.
 #[derive(Clone, Debug, Default)]
 pub struct SearchPath {
     /// `--plugin FILE`: must exist.
@@ -19,11 +19,11 @@ pub struct SearchPath {
 }
 
 impl SearchPath {
-    /// The search path of this process: `files`, `TORUS_PLUGIN_PATH` (separated by `:`), and `plugins` beside the
-    /// running binary.
-    pub fn of_process(files: Vec<PathBuf>) -> Self {
+    /// The search path of this process: `files`, `folders`, `TORUS_PLUGIN_PATH` (separated by `:`), and `plugins` beside
+    /// the running binary.
+    pub fn of_process(files: Vec<PathBuf>, mut folders: Vec<PathBuf>) -> Self {
         let listed = std::env::var_os("TORUS_PLUGIN_PATH");
-        let mut folders: Vec<PathBuf> = listed.iter().flat_map(std::env::split_paths).collect();
+        folders.extend(listed.iter().flat_map(std::env::split_paths));
         folders.retain(|folder| !folder.as_os_str().is_empty());
         if let Some(beside) = std::env::current_exe().ok().as_deref().and_then(Path::parent) {
             folders.push(beside.join("plugins"));
@@ -55,6 +55,24 @@ pub fn candidates(path: &SearchPath) -> Result<Vec<PathBuf>, LoadError> {
         found.extend(files);
     }
     Ok(found)
+}
+
+impl SearchPath {
+    /// The file that a client of a running server means: one that lies directly in a folder of this path, given by
+    /// name or by path. Links are followed first, so that none leads out of the folder.
+    pub fn find(&self, file: &Path) -> Result<PathBuf, LoadError> {
+        let folders: Vec<_> = self.folders.iter().filter_map(|folder| folder.canonicalize().ok()).collect();
+        let named = file.components().count() == 1 && !file.is_absolute();
+        let candidates =
+            if named { folders.iter().map(|folder| folder.join(file)).collect() } else { vec![file.into()] };
+        let found = candidates.iter().filter_map(|candidate| candidate.canonicalize().ok());
+        let allowed =
+            |path: &PathBuf| path.parent().is_some_and(|parent| folders.iter().any(|folder| folder == parent));
+        found.into_iter().find(allowed).ok_or_else(|| {
+            let folders: Vec<_> = folders.iter().map(|folder| folder.display().to_string()).collect();
+            LoadError::NotAllowed { path: file.to_owned(), folders: folders.join(", ") }
+        })
+    }
 }
 
 /// Refuses a file or folder that its group or anybody may write.
@@ -89,6 +107,25 @@ mod tests {
         let found = candidates(&path).unwrap();
         let names: Vec<_> = found.iter().map(|file| file.file_name().unwrap().to_str().unwrap()).collect();
         assert_eq!(names, ["given.so", "a.so", "b.so"]);
+    }
+
+    #[test]
+    fn a_client_can_name_only_what_lies_in_a_folder_of_the_path() {
+        let folder = tempfile::tempdir().unwrap();
+        let allowed = folder.path().join("allowed");
+        fs::create_dir(&allowed).unwrap();
+        fs::write(allowed.join("a.so"), "").unwrap();
+        fs::write(folder.path().join("outside.so"), "").unwrap();
+        std::os::unix::fs::symlink(folder.path().join("outside.so"), allowed.join("link.so")).unwrap();
+        let path = SearchPath { files: vec![], folders: vec![allowed.clone()] };
+        let expected = allowed.join("a.so").canonicalize().unwrap();
+        assert_eq!(path.find(Path::new("a.so")).unwrap(), expected);
+        assert_eq!(path.find(&allowed.join("a.so")).unwrap(), expected);
+        for refused in ["link.so", "absent.so", "../outside.so", "/etc/passwd", "..", ""] {
+            let error = path.find(Path::new(refused)).unwrap_err();
+            assert!(matches!(error, LoadError::NotAllowed { .. }), "{refused}: {error}");
+        }
+        assert!(path.find(&folder.path().join("outside.so")).is_err());
     }
 
     #[test]
