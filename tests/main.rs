@@ -1,5 +1,7 @@
 //! Tests over the whole system, in one binary so that it links once.
 
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod abi;
 mod architecture;
 mod engine;
 mod families;

@@ -7,10 +7,10 @@ use torus_abi::model::ModelOptions;
 use torus_plugins::{LibraryCache, Registry};
 
 /// A library that cargo leaves beside the test binaries.
-fn library(name: &str) -> PathBuf {
+pub fn library(name: &str) -> PathBuf {
     let test = std::env::current_exe().unwrap();
     let path = test.ancestors().nth(2).unwrap().join(format!("examples/lib{name}.so"));
-    let build = "cargo build --release --examples -p torus-model-llama -p torus-model-qwen -p torus-attention-native";
+    let build = "cargo build --release --workspace --examples";
     assert!(path.exists(), "{} is missing: run {build}", path.display());
     path
 }

@@ -21,8 +21,14 @@ pub enum LoadError {
         path = .path.display()
     )]
     NotAllowed { path: PathBuf, folders: String },
-    #[error("{path}: is no shared library ({reason})", path = .path.display())]
+    #[error(
+        "{path}: is no shared library ({reason}); a plugin is the '.so' file that 'cargo build --release' makes of a \
+         crate of type 'cdylib'",
+        path = .path.display()
+    )]
     NotALibrary { path: PathBuf, reason: &'static str },
+    #[error("{path}: is cut off before its end; copy it again, or build it again", path = .path.display())]
+    Truncated { path: PathBuf },
     #[error("{path}: was built for {found}, this server runs on {expected}; build it for {expected}", path = .path.display())]
     WrongArchitecture { path: PathBuf, found: String, expected: &'static str },
     #[error("{path}: has the SHA-256 {found}, not {pinned} as it should; it was not loaded", path = .path.display())]

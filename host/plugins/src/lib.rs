@@ -14,6 +14,7 @@
 //!
 //! Plugins run in this process with its full rights. Their panics are caught; a segmentation fault is not.
 
+mod elf;
 mod error;
 mod library;
 pub mod link;

@@ -102,8 +102,7 @@ fn read_manifest(entry: PluginEntry, origin: &Origin) -> Result<Manifest, LoadEr
     if manifest.panic != "unwind" {
         return Err(LoadError::PanicStrategy { path, name, panic: manifest.panic });
     }
-    // Until 1.0 a minor version may change the meaning of messages.
-    if manifest.abi != torus_abi::ABI_VERSION {
+    if !torus_abi::compatible(torus_abi::ABI_VERSION, manifest.abi) {
         return Err(LoadError::AbiVersion { path, name, found: manifest.abi, expected: torus_abi::ABI_VERSION });
     }
     let well_formed = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';

@@ -29,9 +29,11 @@ impl RootModule for PluginRootRef {
     abi_stable::declare_root_module_statics! {PluginRootRef}
     const BASE_NAME: &'static str = "torus_plugin";
     const NAME: &'static str = "torus_plugin";
-    // Not this crate's version: abi_stable refuses other minor versions, and the root is the same in all of them.
-    const VERSION_STRINGS: VersionStrings = VersionStrings::new("1.0.0");
+    const VERSION_STRINGS: VersionStrings = VersionStrings::new(ROOT_VERSION);
 }
+
+/// Not this crate's version: `abi_stable` refuses other minor versions, and the root is the same in all of them.
+pub(crate) const ROOT_VERSION: &str = "1.0.0";
 
 /// Name of the one symbol a plugin library exports. `abi_stable` prescribes it.
 pub const ROOT_SYMBOL: &str = "_1as_0lib_1header_0root_bmodule_bloader";
