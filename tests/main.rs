@@ -10,3 +10,4 @@ mod openai_client;
 mod plugins;
 mod server;
 mod support;
+mod swap;

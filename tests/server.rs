@@ -2,7 +2,7 @@
 
 use std::{
     io::{BufRead, BufReader},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
@@ -40,16 +40,25 @@ pub struct Server {
 
 pub const MODEL: &str = "SmolLM2-135M-Instruct";
 
+/// The administrator's key of every server here.
+pub const ADMIN_KEY: &str = "administrator";
+
 impl Server {
     /// Starts a server on a free port with the small model in float32, and waits until it is ready.
     pub async fn start(options: &[&str]) -> Self {
+        let sizes = ["--max-total-tokens", "16384", "--chunked-prefill-size", "64", "--max-running-requests", "16"];
+        Self::start_with(&smollm2(), &[&sizes, options].concat()).await
+    }
+
+    /// Starts a server with any model.
+    pub async fn start_with(model: &Path, options: &[&str]) -> Self {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
         drop(listener);
         let mut command = Command::new(torus());
         command.args(["serve", "--served-model-name", MODEL, "--host", "127.0.0.1", "--dtype", "float32"]);
-        command.args(["--max-total-tokens", "16384", "--chunked-prefill-size", "64", "--max-running-requests", "16"]);
-        command.arg("--model-path").arg(smollm2()).args(["--port", &port.to_string()]).args(options);
+        command.arg("--model-path").arg(model).args(["--port", &port.to_string(), "--admin-api-key", ADMIN_KEY]);
+        command.args(options);
         command.env("TORUS_CACHE", fetched("models").parent().unwrap());
         let mut child = command.stdin(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
         let log = BufReader::new(child.stderr.take().unwrap());
@@ -75,6 +84,25 @@ impl Server {
 
     pub async fn post(&self, path: &str, body: &Value) -> reqwest::Response {
         self.client.post(format!("{}{path}", self.url)).json(body).send().await.unwrap()
+    }
+
+    /// A change that an administrator makes.
+    pub async fn change(&self, path: &str, body: &Value) -> Value {
+        let request = self.client.post(format!("{}{path}", self.url)).bearer_auth(ADMIN_KEY).json(body);
+        let response = request.send().await.unwrap();
+        let (status, text) = (response.status(), response.text().await.unwrap());
+        assert!(status.is_success(), "{path} {body}: {status}: {text}");
+        serde_json::from_str(&text).unwrap()
+    }
+
+    /// Plugins and models, as an administrator sees them.
+    pub async fn plugins(&self) -> Value {
+        let request = self.client.get(format!("{}/v1/plugins", self.url)).bearer_auth(ADMIN_KEY);
+        request.send().await.unwrap().json().await.unwrap()
+    }
+
+    pub fn process_id(&self) -> u32 {
+        self.child.id()
     }
 
     pub async fn post_json(&self, path: &str, body: &Value) -> Value {
