@@ -26,6 +26,7 @@ use crate::{
     config::{DtypeChoice, EngineConfig, Platform},
     device::{DeviceState, Loaders, Target},
     handle::{Shared, lock},
+    kernels::register_kernels,
     memory,
     program::{AssembleError, Assembler, Rows, StepLayout, initial_state, load_pages, load_row},
 };
@@ -101,7 +102,7 @@ impl Loaded {
 
 /// Loads everything, telling `shared` how far it is.
 pub(crate) fn load(config: &EngineConfig, shared: &Shared) -> Result<Loaded, StartError> {
-    let target = open_device(config)?;
+    let (device_plugin, target) = open_device(config)?;
     let checkpoint = Checkpoint::open(&config.model)?;
     let (plugin, gguf, model) = open_model(config, &checkpoint)?;
     let description = model.describe()?;
@@ -120,6 +121,12 @@ pub(crate) fn load(config: &EngineConfig, shared: &Shared) -> Result<Loaded, Sta
         max_running = plan.max_running,
         "memory is planned"
     );
+    if config.device.platform == Platform::Cpu {
+        config.device.cpu_threads.into_iter().for_each(torus_plugins::limit_kernel_threads);
+        for plugin in [&plugin, &attention] {
+            register_kernels(&device_plugin, plugin)?;
+        }
+    }
     let interface = attention.attention().ok_or_else(|| invalid("attention_backend", "it offers no attention"))?;
     let assembler = Assembler {
         model,
@@ -128,6 +135,7 @@ pub(crate) fn load(config: &EngineConfig, shared: &Shared) -> Result<Loaded, Sta
         activations,
         matrices: plan.matrices,
         max_running: plan.max_running as u64,
+        runs_kernels: config.device.platform == Platform::Cpu,
         description,
     };
     let weights = load_weights(config, &checkpoint, gguf.as_ref(), &assembler, &target, shared)?;
@@ -166,7 +174,7 @@ pub(crate) fn load(config: &EngineConfig, shared: &Shared) -> Result<Loaded, Sta
     })
 }
 
-fn open_device(config: &EngineConfig) -> Result<Target, StartError> {
+fn open_device(config: &EngineConfig) -> Result<(Arc<PjrtPlugin>, Target), StartError> {
     let plugin = PjrtPlugin::load(&config.device.pjrt_plugin)?;
     let options = match config.device.platform {
         Platform::Cpu => vec![("cpu_device_count".to_owned(), OptionValue::Int(1))],
@@ -175,7 +183,7 @@ fn open_device(config: &EngineConfig) -> Result<Target, StartError> {
     let client = Client::new(&plugin, &options)?;
     let device = client.devices()?.into_iter().next();
     let device = device.ok_or_else(|| invalid("device", "the device plugin finds no device"))?;
-    Ok(Target { client, device })
+    Ok((plugin, Target { client, device }))
 }
 
 type Opened = (Arc<Plugin>, Option<GgufAnswer>, OpenModel);

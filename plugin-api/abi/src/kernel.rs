@@ -166,7 +166,8 @@ impl<'a> Call<'a> {
             Operand::Argument(index) => (self.frame.arguments(), index),
             Operand::Result(index) => (self.frame.results(), index),
         };
-        let buffer = list.get(index).ok_or_else(|| Fault::invalid(format!("there is no {what} (of {})", list.len())))?;
+        let buffer =
+            list.get(index).ok_or_else(|| Fault::invalid(format!("there is no {what} (of {})", list.len())))?;
         let found = dtype_of(buffer.element_type);
         if found != Some(T::DTYPE) {
             let found = found.map_or_else(|| format!("type number {}", buffer.element_type), |dtype| dtype.to_string());
