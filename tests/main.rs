@@ -4,6 +4,7 @@ mod architecture;
 mod engine;
 mod families;
 mod http;
+mod kernels;
 mod openai_client;
 mod plugins;
 mod server;
