@@ -173,8 +173,8 @@ impl<'a> Call<'a> {
             let found = found.map_or_else(|| format!("type number {}", buffer.element_type), |dtype| dtype.to_string());
             return Err(Fault::invalid(format!("{what} is of {found}, taken as {}", T::DTYPE)));
         }
-        let sizes = buffer.dims.iter().map(|size| usize::try_from(*size).ok());
-        let len = sizes.fold(Some(1usize), |product, size| product?.checked_mul(size?));
+        let mut sizes = buffer.dims.iter().map(|size| usize::try_from(*size).ok());
+        let len = sizes.try_fold(1usize, |product, size| product.checked_mul(size?));
         let fits = |len: &usize| len.checked_mul(size_of::<T>()).is_some_and(|bytes| bytes <= isize::MAX as usize);
         let len = len.filter(fits).ok_or_else(|| Fault::invalid(format!("{what} has impossible dimensions")))?;
         let data = if len == 0 { std::ptr::NonNull::dangling().as_ptr() } else { buffer.data.cast::<T>() };
