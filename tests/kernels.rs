@@ -37,10 +37,11 @@ impl Kernel for Look {
     fn call(call: &Call<'_>) -> Result<(), Fault> {
         let positions = call.argument::<i32>(0)?;
         assert!(!positions.contains(&PANICS), "position {PANICS} is bad luck");
-        match positions.contains(&REFUSED) {
-            true => Err(Fault::invalid(format!("position {REFUSED} is taken"))),
-            false => Ok(call.result::<i32>(0)?.copy_from_slice(&positions)),
+        if positions.contains(&REFUSED) {
+            return Err(Fault::invalid(format!("position {REFUSED} is taken")));
         }
+        call.result::<i32>(0)?.copy_from_slice(&positions);
+        Ok(())
     }
 }
 
