@@ -34,6 +34,7 @@ serve: build
 test: setup
 	cargo build --release --locked --workspace --bins --examples
 	cargo build --release --locked --manifest-path examples/attention-plugin/Cargo.toml
+	cargo build --release --locked --manifest-path examples/native-attention-plugin/Cargo.toml
 	cargo test --release --locked --workspace
 
 lint:

@@ -28,9 +28,10 @@ use torus_plugins::{
 };
 
 /// The stored plugins, oldest first, and what each offers.
-const RELEASED: [(&str, &[Kind]); 2] = [
+const RELEASED: [(&str, &[Kind]); 3] = [
     ("released_0_1_a", &[Kind::Model, Kind::Attention]),
     ("released_0_1_b", &[Kind::Model, Kind::Attention, Kind::Speculative]),
+    ("released_0_1_c", &[Kind::Model, Kind::Attention, Kind::Speculative]),
 ];
 
 fn data() -> PathBuf {

@@ -40,24 +40,33 @@ fn the_same_tokens_come_from_plugins_that_are_shared_libraries() {
     });
 }
 
-/// The attention backend of `examples`, which `make test` builds in a workspace of its own, against the plugin API alone.
-pub fn example_backend() -> std::path::PathBuf {
-    let example = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/attention-plugin");
-    let library = example.join("target/release/libtorus_attention_paged.so");
-    assert!(library.exists(), "run 'cargo build --release' in examples/attention-plugin");
+/// A library of `examples`, which `make test` builds in a workspace of its own, against the plugin API alone.
+pub fn example_library(project: &str, file: &str) -> std::path::PathBuf {
+    let example = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples").join(project);
+    let library = example.join("target/release").join(file);
+    assert!(library.exists(), "run 'cargo build --release' in examples/{project}");
     library
 }
 
 #[test]
 fn a_plugin_from_outside_of_the_tree_is_checked_and_serves() {
-    let library = example_backend();
+    checked_and_serving("attention-plugin", "libtorus_attention_paged.so", "paged");
+}
+
+#[test]
+fn a_plugin_with_native_code_is_checked_and_serves() {
+    checked_and_serving("native-attention-plugin", "libtorus_native_loop.so", "native-loop");
+}
+
+fn checked_and_serving(project: &str, file: &str, backend: &str) {
+    let library = example_library(project, file);
     let library = library.to_str().unwrap();
     let check =
         std::process::Command::new(crate::server::torus()).args(["plugins", "check", library]).output().unwrap();
     let report = String::from_utf8_lossy(&check.stdout);
     assert!(check.status.success() && report.contains("attention in f32: score 1"), "{report}");
     block_on(async {
-        let server = Server::start(&["--plugin", library, "--attention-backend", "paged"]).await;
+        let server = Server::start(&["--plugin", library, "--attention-backend", backend]).await;
         for case in &goldens()[..4] {
             assert_golden(case, &server.post_json("/generate", &greedy(case)).await);
         }

@@ -6,6 +6,7 @@ mod architecture;
 mod engine;
 mod families;
 mod http;
+mod kernels;
 mod openai_client;
 mod plugins;
 mod server;

@@ -76,7 +76,7 @@ fn assert_same(index: usize, expected: &[(String, f64)], found: &[(String, f64)]
 fn fifty_chats_stream_on_while_plugins_are_swapped() {
     const CHATS: usize = 50;
     let plugins = plugin_folder();
-    let paged = crate::http::example_backend();
+    let paged = crate::http::example_library("attention-plugin", "libtorus_attention_paged.so");
     fs::copy(&paged, plugins.path().join("paged.so")).unwrap();
     let folder = plugins.path().to_str().unwrap().to_owned();
     block_on(async {

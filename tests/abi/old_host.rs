@@ -23,17 +23,28 @@ use super::copy;
 struct Host {
     tables: &'static [(&'static str, usize)],
     table: fn() -> Vec<usize>,
+    /// Threads that a plugin has with this host.
+    threads: usize,
 }
 
 /// The hosts of the released layouts, oldest first.
-const HOSTS: [Host; 2] = [
+const HOSTS: [Host; 3] = [
     Host {
         tables: &[("runtime", 16), ("model", 48), ("attention", 24)],
         table: || vec![16, log as *const () as usize],
+        threads: 1,
     },
     Host {
         tables: &[("runtime", 16), ("model", 48), ("attention", 24), ("speculative", 48)],
         table: || vec![16, log as *const () as usize],
+        threads: 1,
+    },
+    Host {
+        tables: &[("runtime", 16), ("model", 48), ("attention", 24), ("speculative", 48), ("kernels", 32)],
+        table: || {
+            vec![32, log as *const () as usize, parallel_for as *const () as usize, threads as *const () as usize]
+        },
+        threads: 3,
     },
 ];
 
@@ -41,6 +52,21 @@ static LOGGED: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
 extern "C" fn log(level: u32, target: RStr<'_>, message: RStr<'_>) {
     LOGGED.lock().unwrap_or_else(PoisonError::into_inner).push(format!("{level} {target} {message}"));
+}
+
+unsafe extern "C" fn parallel_for(
+    count: usize,
+    body: unsafe extern "C" fn(*const c_void, usize),
+    context: *const c_void,
+) {
+    for index in 0..count {
+        // SAFETY: the plugin's promise.
+        unsafe { body(context, index) }
+    }
+}
+
+extern "C" fn threads() -> usize {
+    3
 }
 
 /// Copies words to the end of a page, behind which nothing can be read or written. It stays mapped: a plugin keeps the
@@ -228,9 +254,13 @@ fn todays_toy_works_with_hosts_of_released_layouts() {
         if let Some(table) = guest.table("speculative") {
             propose(table);
         }
+        if let Some(table) = guest.table("kernels") {
+            list_kernels(table);
+        }
+        let said = format!("opening a toy, having counted to 100 on {} threads", host.threads);
+        let logged = LOGGED.lock().unwrap_or_else(PoisonError::into_inner);
+        assert!(logged.iter().any(|line| line.starts_with("3 ") && line.ends_with(&said)), "{logged:?}");
     }
-    let logged = LOGGED.lock().unwrap_or_else(PoisonError::into_inner);
-    assert!(logged.iter().any(|line| line.starts_with("3 ") && line.ends_with("opening a toy")), "{logged:?}");
 }
 
 /// Queries and emits; a window of `panicking` tokens panics with `message`.
@@ -281,6 +311,19 @@ fn propose(table: Table) {
         let forget: unsafe extern "C" fn(*mut c_void, u64) = table.slot(32);
         forget(speculator.handle, 7);
     }
+}
+
+fn list_kernels(table: Table) {
+    type Handler = unsafe extern "C" fn(*mut c_void) -> *mut c_void;
+    // SAFETY: released with these types.
+    let (count, name, handler) = unsafe {
+        let count: extern "C" fn() -> usize = table.slot(8);
+        let name: extern "C" fn(usize) -> RStr<'static> = table.slot(16);
+        let handler: extern "C" fn(usize) -> Option<Handler> = table.slot(24);
+        (count, name, handler)
+    };
+    assert_eq!((count(), name(0).as_str(), name(1).as_str()), (1, "doubling", ""));
+    assert!(handler(0).is_some() && handler(1).is_none());
 }
 
 #[test]

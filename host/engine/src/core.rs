@@ -52,6 +52,8 @@ pub(crate) struct Core {
     seed: u64,
     fail_on_token: Option<u32>,
     shutting_down: bool,
+    /// What the last failed step said.
+    failure: String,
     /// The device could not be recovered.
     broken: bool,
 }
@@ -87,6 +89,7 @@ impl Core {
             seed: config.random_seed,
             fail_on_token: config.fail_on_token,
             shutting_down: false,
+            failure: String::new(),
             broken: false,
         }
     }
@@ -228,7 +231,7 @@ impl Core {
         for (id, ended) in self.scheduler.take_ended() {
             let why = match ended {
                 Ended::OutOfPages => Abort::OutOfPages,
-                Ended::Failed => Abort::Failed("the model failed on this request".into()),
+                Ended::Failed => Abort::Failed(format!("the model failed on this request: {}", self.failure)),
             };
             self.forget(id, FinishReason::Aborted(why));
         }
@@ -239,14 +242,14 @@ impl Core {
             let id = batch.id;
             if let Err(error) = self.launch(batch) {
                 tracing::error!(%error, "a step failed to start");
-                self.blame(id);
+                self.blame(id, &error);
                 return;
             }
         }
     }
 
     /// A step could not be started. If one in flight has failed, it is that one's doing.
-    fn blame(&mut self, id: torus_sched::BatchId) {
+    fn blame(&mut self, id: torus_sched::BatchId, error: &PjrtError) {
         let failed_before = self.stats.failed_steps;
         while !self.in_flight.is_empty() {
             self.finish_oldest();
@@ -254,7 +257,7 @@ impl Core {
                 return;
             }
         }
-        self.recover(id);
+        self.recover(id, error);
     }
 
     fn launch(&mut self, batch: Batch) -> Result<(), PjrtError> {
@@ -323,7 +326,7 @@ impl Core {
             Ok(result) => result,
             Err(error) => {
                 tracing::error!(%error, "a step failed");
-                return self.recover(step.batch.id);
+                return self.recover(step.batch.id, &error);
             }
         };
         let finished = Instant::now();
@@ -349,7 +352,8 @@ impl Core {
     }
 
     /// After a failed step: the device's state is made anew and the scheduler decides who runs next.
-    fn recover(&mut self, failed: torus_sched::BatchId) {
+    fn recover(&mut self, failed: torus_sched::BatchId, error: &PjrtError) {
+        self.failure = error.to_string();
         self.stats.failed_steps += 1;
         self.in_flight.clear();
         self.scheduler.fail(failed);

@@ -18,9 +18,10 @@ use crate::{
     api::{ModelInfo, Readiness},
     budget::{Reservation, Shortage},
     compile::{CacheKey, CompileError, Compiler},
-    config::{DtypeChoice, EngineConfig},
+    config::{DtypeChoice, EngineConfig, Platform},
     device::{DeviceState, Loaders, Target},
     handle::{Shared, lock},
+    kernels::register_kernels,
     memory,
     program::{AssembleError, Assembler, Rows, StepLayout, initial_state, load_pages, load_row},
 };
@@ -127,6 +128,13 @@ pub(crate) fn load(config: &EngineConfig, shared: &Shared) -> Result<Loaded, Sta
     );
     let bytes = plan.weight_bytes(&description) + plan.pages * page_bytes;
     let at_once = (config.memory.released_bytes == 0).then(|| config.memory.budget.reserve(bytes)).transpose()?;
+    let runs_kernels = config.device.platform() == Platform::Cpu;
+    if runs_kernels {
+        config.device.cpu_threads().into_iter().for_each(torus_plugins::limit_kernel_threads);
+        for plugin in [&plugin, &attention] {
+            register_kernels(&target.plugin, plugin)?;
+        }
+    }
     let interface = attention.attention().ok_or_else(|| invalid("attention_backend", "it offers no attention"))?;
     let assembler = Assembler {
         model,
@@ -135,6 +143,7 @@ pub(crate) fn load(config: &EngineConfig, shared: &Shared) -> Result<Loaded, Sta
         activations,
         matrices: plan.matrices,
         max_running: plan.max_running as u64,
+        runs_kernels,
         description,
     };
     let key = cache_key(config, &target)?;

@@ -73,6 +73,10 @@ pub enum LinkError {
     DuplicateSymbol { symbol: String, first: String, second: String },
     #[error("plugin '{plugin}': function '{caller}' calls '{symbol}', which is neither defined nor imported")]
     UnresolvedCall { plugin: String, caller: String, symbol: String },
+    #[error(
+        "plugin '{plugin}': function '{function}' calls kernel '{kernel}', which the plugin does not export; add it to `kernels` of `declare_plugin!`"
+    )]
+    UnknownKernel { plugin: String, function: String, kernel: String },
     #[error("plugin '{plugin}' imports '{operation}', which this server does not have, and gives no default for it")]
     UnknownOperation { plugin: String, operation: String },
     #[error("'{symbol}': {what} are {found:?}, expected {expected:?}")]

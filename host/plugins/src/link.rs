@@ -10,13 +10,15 @@ use torus_abi::{
     fragment::{Export, Fragment, Function, Import},
 };
 
-use crate::LinkError;
+use crate::{Kernels, LinkError};
 
 /// A fragment and the plugin that emitted it.
 #[derive(Clone, Copy)]
 pub struct Unit<'a> {
     pub plugin: &'a str,
     pub fragment: &'a Fragment,
+    /// What the plugin exports, if anything.
+    pub kernels: Option<&'a Kernels>,
 }
 
 /// How the host supplies an import.
@@ -54,6 +56,7 @@ pub fn export<'a>(unit: Unit<'a>, name: &str) -> Result<(&'a Export, &'a Functio
 }
 
 /// All functions that `roots` reach, each once, in a deterministic order. `implement` is asked once for each import.
+/// The kernels that the functions list are then whole targets.
 pub fn link(
     units: &[Unit<'_>],
     roots: &[&str],
@@ -79,6 +82,7 @@ enum Definition<'a> {
 
 struct Symbol<'a> {
     plugin: &'a str,
+    kernels: Option<&'a Kernels>,
     definition: Definition<'a>,
 }
 
@@ -88,7 +92,9 @@ fn symbols<'a>(units: &[Unit<'a>]) -> Result<BTreeMap<&'a str, Symbol<'a>>, Link
         let functions = unit.fragment.functions.iter().map(|f| (f.symbol.as_str(), Definition::Function(f)));
         let imports = unit.fragment.imports.iter().map(|i| (i.symbol.as_str(), Definition::Import(i)));
         for (symbol, definition) in functions.chain(imports) {
-            if let Some(known) = symbols.insert(symbol, Symbol { plugin: unit.plugin, definition }) {
+            if let Some(known) =
+                symbols.insert(symbol, Symbol { plugin: unit.plugin, kernels: unit.kernels, definition })
+            {
                 return Err(LinkError::DuplicateSymbol {
                     symbol: symbol.to_owned(),
                     first: known.plugin.to_owned(),
@@ -124,9 +130,9 @@ impl Linker<'_> {
             let (plugin, caller) = (String::from("host"), String::from("main"));
             return Err(LinkError::UnresolvedCall { plugin, caller, symbol: symbol.to_owned() });
         };
-        let plugin = found.plugin;
+        let (plugin, kernels) = (found.plugin, found.kernels);
         match found.definition {
-            Definition::Function(function) => self.take(function.clone(), plugin),
+            Definition::Function(function) => self.take(bind_kernels(function.clone(), plugin, kernels)?, plugin),
             Definition::Import(import) => match implement(import)? {
                 Implementation::Functions(functions) => self.take_implementation(import, functions),
                 Implementation::Alias(target) => self.take_alias(import, &target),
@@ -196,6 +202,20 @@ impl Linker<'_> {
     }
 }
 
+/// Puts the plugin's namespace into the targets of the kernels that the function lists.
+fn bind_kernels(mut function: Function, plugin: &str, kernels: Option<&Kernels>) -> Result<Function, LinkError> {
+    for kernel in &mut function.kernels {
+        let target = kernels.and_then(|kernels| kernels.target(kernel)).ok_or_else(|| LinkError::UnknownKernel {
+            plugin: plugin.to_owned(),
+            function: function.symbol.clone(),
+            kernel: kernel.clone(),
+        })?;
+        function.text = function.text.replace(&format!("\"{{ns}}.{kernel}\""), &format!("\"{target}\""));
+        *kernel = target;
+    }
+    Ok(function)
+}
+
 fn check(symbol: &str, what: &'static str, found: &[TensorType], expected: &[TensorType]) -> Result<(), LinkError> {
     if found == expected {
         return Ok(());
@@ -240,6 +260,7 @@ fn forward(import: &Import, target: &str) -> Function {
         arguments: import.arguments.clone(),
         results: import.results.clone(),
         calls: vec![target.to_owned()],
+        kernels: Vec::new(),
         text,
     }
 }
@@ -270,6 +291,7 @@ mod tests {
             arguments: vec![ty(argument)],
             results: vec![ty(argument)],
             calls: calls.iter().map(|call| (*call).into()).collect(),
+            kernels: Vec::new(),
             text: format!("// {symbol}\n"),
         }
     }
@@ -298,7 +320,7 @@ mod tests {
     }
 
     fn unit<'a>(plugin: &'a str, fragment: &'a Fragment) -> Unit<'a> {
-        Unit { plugin, fragment }
+        Unit { plugin, fragment, kernels: None }
     }
 
     #[test]
@@ -314,6 +336,25 @@ mod tests {
         );
         let names = linked(&[unit("a", &a)], &mut |_| Ok(Implementation::Default)).unwrap();
         assert_eq!(names, ["a.main", "a.import.0", "a.leaf", "a.body"]);
+    }
+
+    #[test]
+    fn kernels_get_the_plugins_namespace_and_must_be_exported() {
+        let mut main = function("a.main", "f32[2]", &[]);
+        main.kernels = vec!["add".into(), "add-more".into()];
+        main.text = r#"call_target_name = "{ns}.add" … call_target_name = "{ns}.add-more""#.into();
+        let a = fragment(vec![main], vec![]);
+        let with = |names: &[&str]| {
+            let kernels = crate::kernels::tests::kernels(names);
+            let unit = Unit { kernels: Some(&kernels), ..unit("a", &a) };
+            link(&[unit], &["a.main"], &mut |_| Ok(Implementation::Default))
+        };
+        let linked = with(&["add", "add-more"]).unwrap();
+        let expected = r#"call_target_name = "mine-0123.add" … call_target_name = "mine-0123.add-more""#;
+        assert_eq!(linked[0].text, expected);
+        assert_eq!(linked[0].kernels, ["mine-0123.add", "mine-0123.add-more"]);
+        let error = with(&["add"]).unwrap_err().to_string();
+        assert!(error.starts_with("plugin 'a': function 'a.main' calls kernel 'add-more'"), "{error}");
     }
 
     #[test]

@@ -7,16 +7,18 @@ use serde::{Serialize, de::DeserializeOwned};
 use torus_abi::{
     attention::{AttentionAnswer, AttentionQuery, EmitAttention},
     export::PluginEntry,
-    fragment::Package,
+    fragment::{Fragment, Package},
     manifest::{Kind, Manifest},
     model::{EmitModel, GgufAnswer, GgufQuery, ModelDescription, ModelOptions},
     table::{AttentionTable, HostTable, ModelTable, Reply, RuntimeTable, SpeculativeTable, interface, slot},
 };
 
 use crate::{
-    CallError, LoadError,
+    CallError, Kernels, LoadError,
     library::Library,
+    link::Unit,
     speculative::{SpeculativeCalls, SpeculativeInterface},
+    threads,
 };
 
 /// Where a plugin came from.
@@ -47,6 +49,7 @@ pub struct Plugin {
     model: Option<ModelInterface>,
     attention: Option<AttentionInterface>,
     speculative: Option<SpeculativeInterface>,
+    kernels: Option<Arc<Kernels>>,
 }
 
 impl Plugin {
@@ -54,11 +57,12 @@ impl Plugin {
     pub(crate) fn new(entry: PluginEntry, origin: Origin) -> Result<Self, LoadError> {
         let manifest = read_manifest(entry, &origin)?;
         attach_runtime(entry);
-        let reader = TableReader { entry, manifest: &manifest, origin: &origin };
+        let kernels = read_kernels(entry, &manifest, &origin)?;
+        let reader = TableReader { entry, manifest: &manifest, origin: &origin, kernels: kernels.as_ref() };
         let model = reader.offers(Kind::Model).then(|| reader.model()).transpose()?;
         let attention = reader.offers(Kind::Attention).then(|| reader.attention()).transpose()?;
         let speculative = reader.offers(Kind::Speculative).then(|| reader.speculative()).transpose()?;
-        Ok(Self { manifest, origin, model, attention, speculative })
+        Ok(Self { manifest, origin, model, attention, speculative, kernels })
     }
 
     pub(crate) fn from_library(library: Library) -> Result<Self, LoadError> {
@@ -90,6 +94,28 @@ impl Plugin {
     pub fn speculative(&self) -> Option<&SpeculativeInterface> {
         self.speculative.as_ref()
     }
+
+    /// Its native kernels, if it exports any.
+    pub fn kernels(&self) -> Option<&Kernels> {
+        self.kernels.as_deref()
+    }
+}
+
+/// The kernels, under a namespace of the plugin's name and what tells its builds apart.
+fn read_kernels(entry: PluginEntry, manifest: &Manifest, origin: &Origin) -> Result<Option<Arc<Kernels>>, LoadError> {
+    const HASH_DIGITS: usize = 12;
+    let build = match origin {
+        Origin::Linked => &manifest.version,
+        Origin::File { sha256, .. } => &sha256[..HASH_DIGITS.min(sha256.len())],
+    };
+    let kernels = Kernels::read(entry, format!("{}-{build}", manifest.name));
+    let missing = |slot| LoadError::MissingSlot {
+        path: origin.path(),
+        name: manifest.name.clone(),
+        kind: interface::KERNELS,
+        slot,
+    };
+    Ok(kernels.map_err(missing)?.map(Arc::new))
 }
 
 fn read_manifest(entry: PluginEntry, origin: &Origin) -> Result<Manifest, LoadError> {
@@ -113,7 +139,12 @@ fn read_manifest(entry: PluginEntry, origin: &Origin) -> Result<Manifest, LoadEr
     Ok(manifest)
 }
 
-static HOST_TABLE: HostTable = HostTable { struct_size: size_of::<HostTable>(), log: log_line };
+static HOST_TABLE: HostTable = HostTable {
+    struct_size: size_of::<HostTable>(),
+    log: log_line,
+    parallel_for: threads::parallel_for,
+    threads: threads::threads,
+};
 
 extern "C" fn log_line(level: u32, target: RStr<'_>, message: RStr<'_>) {
     let (target, message) = (target.as_str(), message.as_str());
@@ -146,6 +177,7 @@ struct TableReader<'a> {
     entry: PluginEntry,
     manifest: &'a Manifest,
     origin: &'a Origin,
+    kernels: Option<&'a Arc<Kernels>>,
 }
 
 impl TableReader<'_> {
@@ -188,6 +220,7 @@ impl TableReader<'_> {
         unsafe {
             Ok(ModelInterface {
                 plugin: self.manifest.name.clone(),
+                kernels: self.kernels.cloned(),
                 from_gguf: self.slot(table, KIND, offset_of!(ModelTable, from_gguf), "from_gguf")?,
                 open: self.slot(table, KIND, offset_of!(ModelTable, open), "open")?,
                 calls: ModelCalls {
@@ -206,6 +239,7 @@ impl TableReader<'_> {
         unsafe {
             Ok(AttentionInterface {
                 plugin: self.manifest.name.clone(),
+                kernels: self.kernels.cloned(),
                 query: self.slot(table, KIND, offset_of!(AttentionTable, query), "query")?,
                 emit: self.slot(table, KIND, offset_of!(AttentionTable, emit), "emit")?,
             })
@@ -244,6 +278,7 @@ struct ModelCalls {
 #[derive(Clone, Debug)]
 pub struct ModelInterface {
     plugin: String,
+    kernels: Option<Arc<Kernels>>,
     from_gguf: Call,
     open: unsafe extern "C" fn(RSlice<'_, u8>, *mut *mut c_void) -> Reply,
     calls: ModelCalls,
@@ -266,7 +301,8 @@ impl ModelInterface {
             call: "open",
             message: "it said 'done' and gave no model".into(),
         })?;
-        Ok(OpenModel { inner: Arc::new(ModelHandle { handle, calls: self.calls }), plugin: self.plugin.clone() })
+        let inner = Arc::new(ModelHandle { handle, calls: self.calls });
+        Ok(OpenModel { inner, plugin: self.plugin.clone(), kernels: self.kernels.clone() })
     }
 }
 
@@ -275,6 +311,7 @@ impl ModelInterface {
 pub struct OpenModel {
     inner: Arc<ModelHandle>,
     plugin: String,
+    kernels: Option<Arc<Kernels>>,
 }
 
 #[derive(Debug)]
@@ -300,6 +337,11 @@ impl OpenModel {
         &self.plugin
     }
 
+    /// A fragment that it emitted, to be linked.
+    pub fn unit<'a>(&'a self, fragment: &'a Fragment) -> Unit<'a> {
+        Unit { plugin: &self.plugin, fragment, kernels: self.kernels.as_deref() }
+    }
+
     pub fn describe(&self) -> Result<ModelDescription, CallError> {
         // SAFETY: the handle is open as long as `inner` lives.
         let reply = unsafe { (self.inner.calls.describe)(self.inner.handle.as_ptr()) };
@@ -318,6 +360,7 @@ impl OpenModel {
 #[derive(Clone, Debug)]
 pub struct AttentionInterface {
     plugin: String,
+    kernels: Option<Arc<Kernels>>,
     query: Call,
     emit: Call,
 }
@@ -325,6 +368,11 @@ pub struct AttentionInterface {
 impl AttentionInterface {
     pub fn plugin(&self) -> &str {
         &self.plugin
+    }
+
+    /// A fragment that it emitted, to be linked.
+    pub fn unit<'a>(&'a self, fragment: &'a Fragment) -> Unit<'a> {
+        Unit { plugin: &self.plugin, fragment, kernels: self.kernels.as_deref() }
     }
 
     pub fn query(&self, query: &AttentionQuery) -> Result<AttentionAnswer, CallError> {

@@ -12,8 +12,10 @@ use std::{
 use abi_stable::std_types::{RSlice, RStr, RVec};
 use serde::{Serialize, de::DeserializeOwned};
 
+mod kernels;
 mod speculative;
 
+pub use kernels::KernelExport;
 pub use speculative::SpeculativeExport;
 
 use crate::{
@@ -56,6 +58,7 @@ macro_rules! declare_plugin {
         $(, model: $model:ty)?
         $(, attention: $attention:ty)?
         $(, speculative: $speculative:ty)?
+        $(, kernels: [$($kernel:ty),* $(,)?])?
         $(,)?
     ) => {
         /// This crate's plugin, as linked-in binaries and the shared library offer it.
@@ -79,6 +82,15 @@ macro_rules! declare_plugin {
                 })?
                 $(if kind.as_str() == $crate::table::interface::SPECULATIVE {
                     return ::std::ptr::from_ref($crate::export::SpeculativeExport::<$speculative>::TABLE).cast();
+                })?
+                $(if kind.as_str() == $crate::table::interface::KERNELS {
+                    struct Kernels;
+                    impl $crate::kernel::KernelList for Kernels {
+                        const PLUGIN: &'static str = $name;
+                        const ENTRIES: &'static [$crate::kernel::Entry] =
+                            &[$($crate::kernel::Entry::new::<Kernels, $kernel>()),*];
+                    }
+                    return ::std::ptr::from_ref($crate::export::KernelExport::<Kernels>::TABLE).cast();
                 })?
                 $crate::export::common_interface(kind.as_str())
             }
@@ -269,7 +281,7 @@ fn respond<T: Serialize>(answer: &T) -> Result<Vec<u8>, Fault> {
     serde_json::to_vec(answer).map_err(|error| Fault::internal(format!("the answer cannot be written: {error}")))
 }
 
-fn panic_text(panic: &(dyn Any + Send)) -> &str {
+pub(crate) fn panic_text(panic: &(dyn Any + Send)) -> &str {
     let text = panic.downcast_ref::<&str>().copied();
     text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message")
 }

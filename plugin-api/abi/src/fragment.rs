@@ -29,6 +29,10 @@ pub struct Function {
     /// Symbols that the body calls: functions of this fragment or its imports.
     #[serde(default)]
     pub calls: Vec<String>,
+    /// Kernels of the plugin ([`crate::kernel::Kernel`]) that the body calls, each as the target `"{ns}.name"` of a
+    /// `stablehlo.custom_call`. The linker puts the plugin's namespace for `{ns}`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub kernels: Vec<String>,
     pub text: String,
 }
 

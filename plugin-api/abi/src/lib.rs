@@ -4,7 +4,7 @@
 //! never touches a device. What crosses the boundary is bytes: JSON messages ([`model`], [`attention`]) that carry
 //! [`fragment::Fragment`]s. Below them lie a frozen root ([`root`]) and append-only function tables ([`table`]).
 //!
-//! Deliberately absent: device buffers, PJRT handles, trait objects, futures, Rust enums with payload, shared
+//! Deliberately absent: device buffers (but for the views of native kernels on the CPU, [`kernel`]), PJRT handles, trait objects, futures, Rust enums with payload, shared
 //! allocators, and everything that knows the host.
 //!
 //! Invariants:
@@ -20,6 +20,7 @@ mod dtype;
 pub mod export;
 pub mod fault;
 pub mod fragment;
+pub mod kernel;
 pub mod log;
 pub mod manifest;
 pub mod model;

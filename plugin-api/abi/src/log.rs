@@ -19,16 +19,22 @@ pub enum Level {
 /// Writes a line to the host's log, under the plugin's crate name.
 #[track_caller]
 pub fn log(level: Level, message: &str) {
-    let host = HOST.load(Ordering::Acquire);
-    if host.is_null() {
-        return;
-    }
-    // SAFETY: the host's table lives as long as the process, and the slot has this type in every version.
+    // SAFETY: the slot has this type in every version.
     let sink: Option<extern "C" fn(u32, abi_stable::std_types::RStr<'_>, abi_stable::std_types::RStr<'_>)> =
-        unsafe { slot(host.cast_const(), std::mem::offset_of!(HostTable, log)) };
+        unsafe { host_slot(std::mem::offset_of!(HostTable, log)) };
     if let Some(sink) = sink {
         sink(level as u32, std::panic::Location::caller().file().into(), message.into());
     }
+}
+
+/// A slot of the host's table, if there is a host and it has the slot.
+///
+/// # Safety
+/// The slot at `offset` is of type `F`, a function pointer.
+pub(crate) unsafe fn host_slot<F: Copy>(offset: usize) -> Option<F> {
+    let host = HOST.load(Ordering::Acquire);
+    // SAFETY: the host's table lives as long as the process; the caller vouches for the slot.
+    if host.is_null() { None } else { unsafe { slot(host.cast_const(), offset) } }
 }
 
 pub(crate) fn attach(host: *const HostTable) {

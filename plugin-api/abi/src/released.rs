@@ -25,8 +25,8 @@ use crate::{
     log::Level,
     root::{PluginRoot, PluginRootRef, ROOT_SYMBOL, ROOT_VERSION},
     table::{
-        AttentionTable, HostTable, ModelTable, ProposeInput, ProposeOutput, Reply, RuntimeTable, SpeculativeTable,
-        interface,
+        AttentionTable, HostTable, KernelTable, ModelTable, ProposeInput, ProposeOutput, Reply, RuntimeTable,
+        SpeculativeTable, interface,
     },
 };
 
@@ -110,6 +110,7 @@ fixed_text! {
     interface::ATTENTION => "attention",
     interface::SPECULATIVE => "speculative",
     interface::RUNTIME => "runtime",
+    interface::KERNELS => "kernels",
     ROOT_SYMBOL => "_1as_0lib_1header_0root_bmodule_bloader",
     PluginRootRef::NAME => "torus_plugin",
     ROOT_VERSION => "1.0.0",
@@ -175,6 +176,19 @@ released!(HostTable {
     "0.1-a": 16 bytes {
         struct_size @ 0: usize,
         log @ 8: extern "C" fn(u32, RStr<'_>, RStr<'_>),
+    }
+    "0.1-c": 32 bytes {
+        parallel_for @ 16: unsafe extern "C" fn(usize, unsafe extern "C" fn(*const c_void, usize), *const c_void),
+        threads @ 24: extern "C" fn() -> usize,
+    }
+});
+
+released!(KernelTable {
+    "0.1-c": 32 bytes {
+        struct_size @ 0: usize,
+        count @ 8: extern "C" fn() -> usize,
+        name @ 16: extern "C" fn(usize) -> RStr<'static>,
+        handler @ 24: extern "C" fn(usize) -> Option<unsafe extern "C" fn(*mut c_void) -> *mut c_void>,
     }
 });
 

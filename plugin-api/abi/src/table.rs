@@ -9,7 +9,10 @@ use std::ffi::c_void;
 
 use abi_stable::std_types::{RSlice, RStr, RVec};
 
-use crate::fault::{Fault, FaultCode};
+use crate::{
+    fault::{Fault, FaultCode},
+    kernel::Handler,
+};
 
 /// Names under which [`crate::root::PluginRoot::interface`] hands out tables.
 pub mod interface {
@@ -17,6 +20,7 @@ pub mod interface {
     pub const ATTENTION: &str = "attention";
     pub const SPECULATIVE: &str = "speculative";
     pub const RUNTIME: &str = "runtime";
+    pub const KERNELS: &str = "kernels";
 }
 
 /// The answer of a call: JSON, or a fault's message.
@@ -114,6 +118,17 @@ pub struct ProposeOutput {
     pub counts: *mut u32,
 }
 
+/// The native functions that a plugin's programs call on the CPU ([`crate::kernel::Kernel`]).
+#[repr(C)]
+pub struct KernelTable {
+    pub struct_size: usize,
+    pub count: extern "C" fn() -> usize,
+    /// The name of a kernel; empty past the last.
+    pub name: extern "C" fn(index: usize) -> RStr<'static>,
+    /// Its handler for XLA's FFI, which catches panics; null past the last.
+    pub handler: extern "C" fn(index: usize) -> Option<Handler>,
+}
+
 /// What every plugin offers, whatever its kind.
 #[repr(C)]
 pub struct RuntimeTable {
@@ -128,7 +143,15 @@ pub struct HostTable {
     pub struct_size: usize,
     /// Takes a log line. Levels: 1 error, 2 warn, 3 info, 4 debug, 5 trace.
     pub log: extern "C" fn(level: u32, target: RStr<'_>, message: RStr<'_>),
+    /// Calls `body(context, index)` for each index below `count`, from several threads, and returns when all calls
+    /// have. `body` does not unwind.
+    pub parallel_for: unsafe extern "C" fn(count: usize, body: ParallelBody, context: *const c_void),
+    /// Threads that `parallel_for` uses at most, the caller's own included.
+    pub threads: extern "C" fn() -> usize,
 }
+
+/// What [`HostTable::parallel_for`] calls.
+pub type ParallelBody = unsafe extern "C" fn(context: *const c_void, index: usize);
 
 /// Reads the slot at `offset` of a table, or `None` if the table ends before it or the slot is null.
 ///

@@ -148,6 +148,7 @@ impl Builder {
             arguments: types(&callee.arguments),
             results: types(&callee.results),
             calls: finished.calls.into_iter().collect(),
+            kernels: finished.kernels.into_iter().collect(),
             text,
         });
         callee

@@ -36,6 +36,7 @@ struct Body {
     /// For each parameter of an outlined function: the caller's value.
     passed: Vec<ValueId>,
     calls: BTreeSet<String>,
+    kernels: BTreeSet<String>,
 }
 
 /// A value as the author sees it. Several may stand for one SSA value, under different axis names.
@@ -56,6 +57,7 @@ pub(crate) struct Finished {
     arguments: Vec<Shape>,
     results: Vec<Shape>,
     pub calls: BTreeSet<String>,
+    pub kernels: BTreeSet<String>,
     pub tail: String,
 }
 
@@ -110,6 +112,7 @@ impl<'f> Func<'f> {
             donations: Vec::new(),
             passed: Vec::new(),
             calls: BTreeSet::new(),
+            kernels: BTreeSet::new(),
         };
         Self { builder, name: name.to_owned(), parent, body: RefCell::new(body) }
     }
@@ -174,6 +177,7 @@ impl<'f> Func<'f> {
             results: entries.iter().map(|entry| entry.shape.clone()).collect(),
             tail: print::function_tail(&body.parameters, &result_ssa, &body.open[0].region, &body.types),
             calls: body.calls.clone(),
+            kernels: body.kernels.clone(),
         }
     }
 
@@ -208,6 +212,10 @@ impl<'f> Func<'f> {
         if !body.calls.contains(symbol) {
             body.calls.insert(symbol.to_owned());
         }
+    }
+
+    pub(crate) fn note_kernel(&self, name: &str) {
+        self.body.borrow_mut().kernels.insert(name.to_owned());
     }
 
     /// Tells functions apart.

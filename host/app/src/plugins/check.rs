@@ -53,7 +53,7 @@ pub fn run(args: &PluginsCheckArgs) -> anyhow::Result<ExitCode> {
                 model::check(&plugin, model, &mut findings);
             }
             if let Some(backend) = plugin.attention() {
-                attention::check(backend, &cache, args.pjrt_plugin.as_deref(), &mut findings);
+                attention::check(&plugin, backend, &cache, args.pjrt_plugin.as_deref(), &mut findings);
             }
         }
         Err(error) => findings.failed("load", error),

@@ -38,6 +38,10 @@ impl Device {
         self.0.config.platform
     }
 
+    pub(crate) fn cpu_threads(&self) -> Option<usize> {
+        self.0.config.cpu_threads
+    }
+
     /// Opens the device, or gives the one opened before. A failure is not kept: the next call tries again.
     pub(crate) fn open(&self) -> Result<Target, StartError> {
         let mut opened = lock(&self.0.opened);
@@ -53,7 +57,7 @@ impl Device {
         let device = client.devices()?.into_iter().next();
         let message = "the device plugin finds no device".to_owned();
         let device = device.ok_or(StartError::Config { field: "--device", message })?;
-        Ok(opened.insert(Target { client, device }).clone())
+        Ok(opened.insert(Target { plugin, client, device }).clone())
     }
 
     /// The hash of the PJRT plugin's file, which decides the machine code.
@@ -88,6 +92,7 @@ fn file_hash(path: &Path) -> io::Result<[u8; 32]> {
 /// A client and the one device of it that this engine uses.
 #[derive(Clone)]
 pub(crate) struct Target {
+    pub plugin: Arc<PjrtPlugin>,
     pub client: Client,
     pub device: PjrtDevice,
 }

@@ -34,6 +34,8 @@ pub(crate) struct Assembler {
     /// Dtype of matrices on the device.
     pub matrices: DType,
     pub max_running: u64,
+    /// Whether the device can call native kernels of plugins.
+    pub runs_kernels: bool,
 }
 
 /// A program's text and how its step buffer is laid out.
@@ -49,6 +51,8 @@ pub enum AssembleError {
     Call(#[from] CallError),
     #[error(transparent)]
     Link(#[from] LinkError),
+    #[error("native kernel '{0}' runs on CPUs only; choose another attention backend or device")]
+    KernelOffCpu(String),
     #[error("the step program cannot be built: {0}")]
     Build(String),
 }
@@ -142,9 +146,9 @@ impl Assembler {
             layout: &layout,
             arguments: self.arguments(shape)?,
             answers: &answers,
-            hidden: Unit { plugin: self.model.plugin(), fragment: &hidden },
-            head: Unit { plugin: self.model.plugin(), fragment: &head },
-            attention: attention.iter().map(|fragment| Unit { plugin: self.attention.plugin(), fragment }).collect(),
+            hidden: self.model.unit(&hidden),
+            head: self.model.unit(&head),
+            attention: attention.iter().map(|fragment| self.attention.unit(fragment)).collect(),
         };
         let text = parts.link()?;
         Ok(Program { text, layout })
@@ -245,7 +249,7 @@ impl Parts<'_> {
             return Err(error.into());
         }
         let main = builder.finish().map_err(|error| AssembleError::Build(error.to_string()))?;
-        let mut units = vec![Unit { plugin: "host", fragment: &main }, self.hidden, self.head];
+        let mut units = vec![Unit { plugin: "host", fragment: &main, kernels: None }, self.hidden, self.head];
         units.extend(&self.attention);
         let mut serving = Vec::new();
         for unit in &self.attention {
@@ -254,6 +258,10 @@ impl Parts<'_> {
         let functions = link::link(&units, &["main"], &mut |import| {
             imports::implement(import, &|kind| serving.get(kind).cloned().unwrap_or_default())
         })?;
+        let kernel = functions.iter().flat_map(|function| &function.kernels).next();
+        if let (Some(kernel), false) = (kernel, self.assembler.runs_kernels) {
+            return Err(AssembleError::KernelOffCpu(kernel.clone()));
+        }
         Ok(torus_hlo::module_text("step", 1, &functions))
     }
 

@@ -1,4 +1,7 @@
-use std::slice;
+use torus_abi::{
+    fault::Fault,
+    kernel::{Call, Entry, Kernel, KernelList},
+};
 
 use super::*;
 use crate::{
@@ -6,30 +9,49 @@ use crate::{
     testing::{cpu_client, cpu_plugins, f32_buffer, read_f32},
 };
 
-/// Doubles a vector of `f32`.
-unsafe extern "C" fn double(frame: *mut CallFrame) -> *mut HandlerError {
-    // SAFETY: registered with programs that pass one vector of f32 and take one of the same length.
-    unsafe {
-        answer(frame, |call| {
-            let (x, y) = (call.arg(0).ok_or("no argument")?, call.ret(0).ok_or("no result")?);
-            assert_eq!((x.element_type, x.dims), (11, y.dims));
-            let len = x.dims[0] as usize;
-            let x = slice::from_raw_parts(x.data.cast::<f32>(), len);
-            let y = slice::from_raw_parts_mut(y.data.cast::<f32>(), len);
-            y.iter_mut().zip(x).for_each(|(y, x)| *y = 2.0 * x);
-            Ok(())
-        })
+struct Kernels;
+
+impl KernelList for Kernels {
+    const PLUGIN: &'static str = "mine";
+    const ENTRIES: &'static [Entry] =
+        &[Entry::new::<Self, Double>(), Entry::new::<Self, Panics>(), Entry::new::<Self, Fails>()];
+}
+
+/// Doubles a vector.
+struct Double;
+
+impl Kernel for Double {
+    const NAME: &'static str = "double";
+
+    fn call(call: &Call<'_>) -> std::result::Result<(), Fault> {
+        let (x, mut y) = (call.argument::<f32>(0)?, call.result::<f32>(0)?);
+        y.iter_mut().zip(x.iter()).for_each(|(y, x)| *y = 2.0 * x);
+        Ok(())
     }
 }
 
-unsafe extern "C" fn panics(frame: *mut CallFrame) -> *mut HandlerError {
-    // SAFETY: touches no buffers.
-    unsafe { answer(frame, |_| panic!("row {} is not to my liking", 3)) }
+struct Panics;
+
+impl Kernel for Panics {
+    const NAME: &'static str = "panics";
+
+    fn call(_: &Call<'_>) -> std::result::Result<(), Fault> {
+        panic!("row {} is not to my liking", 3)
+    }
 }
 
-unsafe extern "C" fn fails(frame: *mut CallFrame) -> *mut HandlerError {
-    // SAFETY: touches no buffers.
-    unsafe { answer(frame, |_| Err("the scale is zero".to_owned())) }
+struct Fails;
+
+impl Kernel for Fails {
+    const NAME: &'static str = "fails";
+
+    fn call(_: &Call<'_>) -> std::result::Result<(), Fault> {
+        Err(Fault::invalid("the scale is zero"))
+    }
+}
+
+fn handler(name: &str) -> Handler {
+    Kernels::ENTRIES.iter().find(|entry| entry.name == name).unwrap().handler
 }
 
 fn program(target: &str) -> String {
@@ -54,18 +76,19 @@ fn call(client: &Client, target: &str) -> Result<Vec<f32>> {
 #[test]
 fn handlers_are_called_and_their_failures_become_errors() {
     for plugin in cpu_plugins() {
-        let handlers: [(&str, Handler); 3] =
-            [("torus.test.double", double), ("torus.test.panics", panics), ("torus.test.fails", fails)];
-        for (target, handler) in handlers {
-            // SAFETY: the handlers above go through `answer`.
-            unsafe { plugin.register_ffi_handler(target, "Host", handler) }.unwrap();
+        for Entry { name, handler } in Kernels::ENTRIES {
+            // SAFETY: they are the handlers of kernels.
+            unsafe { plugin.register_ffi_handler(&format!("torus.test.{name}"), "Host", *handler) }.unwrap();
         }
         let client = cpu_client(&plugin, 1);
         assert_eq!(call(&client, "torus.test.double").unwrap(), [2.0, 4.0, 6.0], "{plugin:?}");
         let error = call(&client, "torus.test.panics").unwrap_err();
-        assert!(error.to_string().contains("the handler panicked: row 3 is not to my liking"), "{error}");
+        assert!(
+            error.to_string().contains("kernel 'panics' of plugin 'mine': it panicked: row 3 is not to my liking"),
+            "{error}"
+        );
         let error = call(&client, "torus.test.fails").unwrap_err();
-        assert!(error.to_string().contains("the scale is zero"), "{error}");
+        assert!(error.to_string().contains("kernel 'fails' of plugin 'mine': the scale is zero"), "{error}");
         let error = call(&client, "torus.test.absent").unwrap_err();
         assert!(error.to_string().contains("torus.test.absent"), "{error}");
         assert_eq!(call(&client, "torus.test.double").unwrap(), [2.0, 4.0, 6.0]);
@@ -75,8 +98,8 @@ fn handlers_are_called_and_their_failures_become_errors() {
 #[test]
 fn failures_of_handlers_reach_the_outputs() {
     for plugin in cpu_plugins() {
-        // SAFETY: the handler goes through `answer`.
-        unsafe { plugin.register_ffi_handler("torus.test.fails_late", "Host", fails) }.unwrap();
+        // SAFETY: it is the handler of a kernel.
+        unsafe { plugin.register_ffi_handler("torus.test.fails_late", "Host", handler("fails")) }.unwrap();
         let client = cpu_client(&plugin, 1);
         let executable = client.compile(&program("torus.test.fails_late"), &CompileOptions::default()).unwrap();
         // Small programs may run within the call, so the error comes either at once or through the output.
@@ -90,11 +113,11 @@ fn failures_of_handlers_reach_the_outputs() {
 #[test]
 fn a_name_belongs_to_its_first_handler() {
     for plugin in cpu_plugins() {
-        // SAFETY: the handlers go through `answer`.
+        // SAFETY: they are the handlers of kernels.
         unsafe {
-            plugin.register_ffi_handler("torus.test.taken", "Host", double).unwrap();
-            plugin.register_ffi_handler("torus.test.taken", "Host", double).unwrap();
-            let error = plugin.register_ffi_handler("torus.test.taken", "Host", panics).unwrap_err();
+            plugin.register_ffi_handler("torus.test.taken", "Host", handler("double")).unwrap();
+            plugin.register_ffi_handler("torus.test.taken", "Host", handler("double")).unwrap();
+            let error = plugin.register_ffi_handler("torus.test.taken", "Host", handler("panics")).unwrap_err();
             assert!(matches!(error, PjrtError::DuplicateHandler { .. }));
             assert!(error.to_string().contains("`torus.test.taken`"), "{error}");
         }

@@ -41,6 +41,26 @@ impl CustomCall {
         }
     }
 
+    /// An XLA FFI call of a kernel of the plugin itself, with row-major operands and results. The function lists the
+    /// kernel, and the linker puts the plugin's namespace into the target.
+    pub fn kernel(name: &str, results: Vec<Shape>) -> Self {
+        Self { row_major: true, ..Self::new(format!("{NAMESPACE}{name}"), results) }
+    }
+
+    /// Adds an attribute that the kernel reads by its name. Without effect on a call whose config is a text.
+    pub fn with(mut self, name: &str, value: Attribute) -> Self {
+        if let BackendConfig::Typed(entries) = &mut self.config {
+            entries.push((name.to_owned(), value));
+        }
+        self
+    }
+
+    /// Writes a result into an operand's buffer.
+    pub fn alias(mut self, result: usize, operand: usize) -> Self {
+        self.aliases.push((result, operand));
+        self
+    }
+
     fn spec(&self, operands: &[Shape]) -> OpSpec {
         let (version, config) = match &self.config {
             BackendConfig::Typed(entries) => (4, Attribute::Dictionary(entries.clone())),
@@ -71,6 +91,9 @@ impl CustomCall {
     }
 }
 
+/// What stands before a kernel's name in a target until the fragment is linked.
+const NAMESPACE: &str = "{ns}.";
+
 /// Row-major order as XLA writes it: the axes from innermost to outermost.
 fn layouts(shapes: &[Shape]) -> Attribute {
     let layout = |shape: &Shape| {
@@ -85,6 +108,9 @@ impl<'f> Func<'f> {
     #[track_caller]
     pub fn custom_call(&'f self, call: &CustomCall, operands: &[Value<'f>]) -> Vec<Value<'f>> {
         let shapes: Vec<_> = operands.iter().map(Value::shape).collect();
+        if let Some(kernel) = call.target.strip_prefix(NAMESPACE) {
+            self.note_kernel(kernel);
+        }
         self.emit_many(call.spec(&shapes), operands, call.results.len(), |shapes| {
             for (result, operand) in &call.aliases {
                 let types = (call.results.get(*result), shapes.get(*operand));

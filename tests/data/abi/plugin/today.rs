@@ -1,7 +1,10 @@
 //! The layout of the tree: what the next release's plugin will be made from. `make test` builds it as it is today.
 
 mod counting;
+mod doubling;
 mod toy;
+
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 torus_abi::export_plugin! {
     name: "abi_today",
@@ -9,8 +12,14 @@ torus_abi::export_plugin! {
     model: toy::Toy,
     attention: toy::Toy,
     speculative: counting::Counting,
+    kernels: [doubling::Doubling],
 }
 
+/// Counts on the host's threads, or on its own with a host that lends none.
 fn opening() -> String {
-    "opening a toy".into()
+    let counted = AtomicUsize::new(0);
+    torus_abi::kernel::parallel_for(100, |_| {
+        counted.fetch_add(1, Ordering::Relaxed);
+    });
+    format!("opening a toy, having counted to {} on {} threads", counted.into_inner(), torus_abi::kernel::threads())
 }

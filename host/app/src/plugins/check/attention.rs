@@ -8,14 +8,14 @@ use half::bf16;
 use torus_abi::{
     DType, TensorType,
     attention::{AttentionAnswer, AttentionQuery, EmitAttention, Target},
-    fragment::{Export, Fragment, Function, Operand},
+    fragment::{Export, Function, Operand},
     model::AttentionSpec,
     step::StepInput,
 };
 use torus_hlo::{Builder, Callee, Shape, Value, module_text};
 use torus_pjrt::{Buffer, Client, CompileOptions, Device, ElementType};
 use torus_plugins::{
-    AttentionInterface, LinkError,
+    AttentionInterface, LinkError, Plugin,
     link::{self, Unit},
 };
 
@@ -44,8 +44,14 @@ fn cases() -> Vec<Case> {
     ]
 }
 
-pub fn check(backend: &AttentionInterface, cache: &CacheDir, pjrt_plugin: Option<&Path>, findings: &mut Findings) {
-    let runner = match Runner::new(cache, pjrt_plugin) {
+pub fn check(
+    plugin: &Plugin,
+    backend: &AttentionInterface,
+    cache: &CacheDir,
+    pjrt_plugin: Option<&Path>,
+    findings: &mut Findings,
+) {
+    let runner = match Runner::new(cache, pjrt_plugin, plugin) {
         Ok(runner) => Some(runner),
         Err(error) => {
             findings.failed("a CPU to run it on", format_args!("{error:#}"));
@@ -87,7 +93,7 @@ fn check_case(backend: &AttentionInterface, case: &Case, runner: Option<&Runner>
     let request = EmitAttention { kind: 0, query };
     let package = backend.emit(&request)?;
     ensure!(backend.emit(&request)? == package, "the same request gives different answers");
-    let text = program(backend.plugin(), &package.fragment, case, &answer)?;
+    let text = program(backend.unit(&package.fragment), case, &answer)?;
     let Some(runner) = runner else { return Ok(Outcome::Served("linked; not run".to_owned())) };
     let difference = runner.largest_difference(&text, case, &answer)?;
     let allowed = if case.dtype == DType::Bf16 { 0.03 } else { 1e-4 };
@@ -106,15 +112,14 @@ fn argument_types(case: &Case, answer: &AttentionAnswer) -> Vec<TensorType> {
 
 /// A module whose `main` computes the context and the attention of one layer, and gives the attended tokens and the
 /// new pool.
-fn program(plugin: &str, fragment: &Fragment, case: &Case, answer: &AttentionAnswer) -> anyhow::Result<String> {
-    let unit = Unit { plugin, fragment };
+fn program(unit: Unit<'_>, case: &Case, answer: &AttentionAnswer) -> anyhow::Result<String> {
     let (context, context_function) = link::export(unit, "context")?;
     let (attention, attention_function) = link::export(unit, "attention")?;
     ensure!(context_function.results == answer.context, "the results of 'context' are not what the plugin answered");
     let roots = [context.symbol.as_str(), attention.symbol.as_str()];
     let mut functions = link::link(&[unit], &roots, &mut |import| {
         Err(LinkError::Malformed {
-            plugin: plugin.to_owned(),
+            plugin: unit.plugin.to_owned(),
             message: format!("it imports '{}', but attention is given nothing to import", import.symbol),
         })
     })?;
@@ -167,11 +172,13 @@ struct Runner {
 }
 
 impl Runner {
-    fn new(cache: &CacheDir, pjrt_plugin: Option<&Path>) -> anyhow::Result<Self> {
+    /// A client that knows the kernels of `plugin`.
+    fn new(cache: &CacheDir, pjrt_plugin: Option<&Path>, plugin: &Plugin) -> anyhow::Result<Self> {
         let path = cache.pjrt_plugin(args::Device::Cpu, pjrt_plugin)?;
-        let plugin = torus_pjrt::Plugin::load(&path)?;
+        let device_plugin = torus_pjrt::Plugin::load(&path)?;
+        torus_engine::register_kernels(&device_plugin, plugin)?;
         let options = vec![("cpu_device_count".to_owned(), torus_pjrt::OptionValue::Int(1))];
-        let client = Client::new(&plugin, &options)?;
+        let client = Client::new(&device_plugin, &options)?;
         let device = client.devices()?.into_iter().next().context("the CPU client has no device")?;
         Ok(Self { client, device })
     }
@@ -308,12 +315,12 @@ fn element(dtype: DType) -> ElementType {
 
 #[cfg(test)]
 mod tests {
-    use torus_plugins::{Plugin, Registry};
+    use torus_plugins::Registry;
 
     use super::*;
 
-    fn runner() -> Runner {
-        let runner = Runner::new(&CacheDir::new(None).unwrap(), None);
+    fn runner(plugin: &Plugin) -> Runner {
+        let runner = Runner::new(&CacheDir::new(None).unwrap(), None, plugin);
         runner.unwrap_or_else(|error| panic!("{error:#}; run .make/setup.sh test"))
     }
 
@@ -324,7 +331,8 @@ mod tests {
 
     #[test]
     fn the_stock_backend_computes_plain_attention() {
-        let (plugin, runner) = (native(), runner());
+        let plugin = native();
+        let runner = runner(&plugin);
         for case in cases() {
             match check_case(plugin.attention().unwrap(), &case, Some(&runner)) {
                 Ok(Outcome::Served(_)) => {}
@@ -336,7 +344,8 @@ mod tests {
 
     #[test]
     fn a_backend_that_computes_something_else_is_found_out() {
-        let (plugin, runner) = (native(), runner());
+        let plugin = native();
+        let runner = runner(&plugin);
         let backend = plugin.attention().unwrap();
         let mut case = cases().remove(0);
         let target = Target { platform: "cpu".to_owned(), device_kind: "cpu".to_owned() };
@@ -349,7 +358,7 @@ mod tests {
         };
         let answer = backend.query(&query(&case.spec)).unwrap();
         let package = backend.emit(&EmitAttention { kind: 0, query: query(&case.spec) }).unwrap();
-        let text = program("native", &package.fragment, &case, &answer).unwrap();
+        let text = program(backend.unit(&package.fragment), &case, &answer).unwrap();
         // What was emitted knows of no window.
         case.spec.window = Some(3);
         assert!(runner.largest_difference(&text, &case, &answer).unwrap() > 0.01);

@@ -1,0 +1,22 @@
+//! Native kernels of plugins on the device.
+
+use torus_pjrt::{PjrtError, Plugin as PjrtPlugin};
+use torus_plugins::Plugin;
+
+/// The platform under which XLA files handlers for CPUs.
+const CPU: &str = "Host";
+
+/// Makes the kernels of a plugin known to the CPU's device plugin, before a program that calls them is compiled or
+/// loaded. The same plugin again changes nothing.
+pub fn register_kernels(device: &PjrtPlugin, plugin: &Plugin) -> Result<(), PjrtError> {
+    for (target, handler) in plugin.kernels().into_iter().flat_map(torus_plugins::Kernels::targets) {
+        // SAFETY: the handlers of a plugin's table are made by the plugin API, whose contract is that of XLA's FFI; they
+        // never unwind, and the code of plugins is never unloaded.
+        match unsafe { device.register_ffi_handler(&target, CPU, handler) } {
+            // A target names one build of a plugin, so the known handler is the same code, loaded from another copy.
+            Ok(()) | Err(PjrtError::DuplicateHandler { .. }) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
