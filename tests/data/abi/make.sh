@@ -15,7 +15,7 @@ set -euo pipefail
 released=(
   "0_1_a 04aaa8d"
   "0_1_b 6ac0d82"
-  "0_1_c REVISION"
+  "0_1_c a281a87"
 )
 toolchain=1.95.0
 
