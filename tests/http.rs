@@ -43,16 +43,14 @@ fn the_same_tokens_come_from_plugins_that_are_shared_libraries() {
 #[test]
 fn a_plugin_from_outside_of_the_tree_is_checked_and_serves() {
     // Built by `make test` in a workspace of its own, against the plugin API alone.
-    let example = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/attention-plugin");
-    let library = example.join("target/release/libtorus_attention_paged.so");
-    assert!(library.exists(), "run 'cargo build --release' in examples/attention-plugin");
+    let library = crate::server::example_library("paged_attention");
     let library = library.to_str().unwrap();
     let check =
         std::process::Command::new(crate::server::torus()).args(["plugins", "check", library]).output().unwrap();
     let report = String::from_utf8_lossy(&check.stdout);
     assert!(check.status.success() && report.contains("attention in f32: score 1"), "{report}");
     block_on(async {
-        let server = Server::start(&["--plugin", library, "--attention-backend", "paged"]).await;
+        let server = Server::start(&["--plugin", library, "--attention-backend", "paged_attention"]).await;
         for case in &goldens()[..4] {
             assert_golden(case, &server.post_json("/generate", &greedy(case)).await);
         }

@@ -1,6 +1,7 @@
 //! Tests over the whole system, in one binary so that it links once.
 
 mod architecture;
+mod authoring;
 mod engine;
 mod families;
 mod http;
