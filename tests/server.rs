@@ -31,6 +31,19 @@ pub fn stock_library(name: &str) -> PathBuf {
     library
 }
 
+/// Where `make test` builds the plugins of `examples`: outside of this workspace's own artifacts, so that what they share
+/// is compiled once.
+pub fn plugins_target() -> PathBuf {
+    built().with_file_name("plugins")
+}
+
+/// The shared library of a plugin in `examples`.
+pub fn example_library(name: &str) -> PathBuf {
+    let library = plugins_target().join("release").join(format!("lib{name}.so"));
+    assert!(library.exists(), "{} is missing: run 'make examples'", library.display());
+    library
+}
+
 /// A running server. Killed when dropped.
 pub struct Server {
     child: Child,
