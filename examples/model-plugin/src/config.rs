@@ -1,120 +1,78 @@
 //! The family's `config.json`.
 
-use serde::Deserialize;
 use serde_json::{Value, json};
 use torus_abi::{DType, fault::Fault, model::ModelOptions};
 use torus_hlo::nn::{Rope, RopeScaling};
 
-/// Fields as `transformers.GraniteConfig` has them, with its defaults.
-#[derive(Deserialize)]
+/// What the graph needs to know, checked.
 pub struct Config {
-    pub hidden_size: u64,
-    pub intermediate_size: u64,
-    pub num_hidden_layers: usize,
-    num_attention_heads: u64,
-    num_key_value_heads: Option<u64>,
-    head_dim: Option<u64>,
-    pub vocab_size: u64,
-    #[serde(default = "max_position_embeddings")]
-    pub max_position_embeddings: u64,
-    #[serde(default = "rms_norm_eps")]
-    pub rms_norm_eps: f32,
-    rope_theta: Option<f64>,
-    /// Where newer checkpoints keep `rope_theta`.
-    #[serde(default)]
-    rope_parameters: Value,
-    #[serde(default)]
-    pub tie_word_embeddings: bool,
-    /// `dtype`, or `torch_dtype` in older checkpoints.
-    #[serde(skip, default = "float32")]
+    pub hidden: u64,
+    pub intermediate: u64,
+    pub layers: usize,
+    pub q_heads: u64,
+    pub kv_heads: u64,
+    pub head_dim: u64,
+    pub vocab: u64,
+    pub context_length: u64,
+    pub norm_eps: f32,
+    pub rope: Rope,
     pub dtype: DType,
+    /// The output projection is the embedding.
+    pub tied: bool,
     /// On what comes out of the embedding.
-    #[serde(default = "one")]
     pub embedding_multiplier: f32,
     /// On the scores of attention, in place of `1 / sqrt(head_dim)`.
-    #[serde(default = "one")]
     pub attention_multiplier: f32,
     /// On what attention and MLP add to the hidden state.
-    #[serde(default = "one")]
     pub residual_multiplier: f32,
     /// Logits are divided by it.
-    #[serde(default = "one")]
     pub logits_scaling: f32,
 }
 
-fn max_position_embeddings() -> u64 {
-    2048
-}
-
-fn rms_norm_eps() -> f32 {
-    1e-6
-}
-
-fn float32() -> DType {
-    DType::F32
-}
-
-fn one() -> f32 {
-    1.0
-}
-
 impl Config {
+    /// Reads the fields of `transformers.GraniteConfig`, with its defaults.
     pub fn new(options: &ModelOptions) -> Result<Self, Fault> {
         refuse_unsupported(options)?;
-        let invalid = |message: String| Fault::invalid(format!("config.json: {message}"));
-        let mut config = Self::deserialize(&options.config).map_err(|error| invalid(error.to_string()))?;
-        config.dtype = dtype(&options.config)?;
-        for (field, size, max) in [
-            ("hidden_size", config.hidden_size, 1 << 24),
-            ("intermediate_size", config.intermediate_size, 1 << 24),
-            ("num_hidden_layers", config.num_hidden_layers as u64, 1000),
-            ("num_attention_heads", config.q_heads(), 1 << 16),
-            ("num_key_value_heads", config.kv_heads(), 1 << 16),
-            ("vocab_size", config.vocab_size, 1 << 24),
-            ("max_position_embeddings", config.max_position_embeddings, 1 << 31),
-            ("head_dim", config.head_dim(), 1 << 16),
-        ] {
-            if !(1..=max).contains(&size) {
-                return Err(invalid(format!("{field} {size} is not between 1 and {max}")));
-            }
+        let json = &options.config;
+        let size = |field: &str, default: Option<u64>, max: u64| {
+            let size = if json[field].is_null() { default } else { json[field].as_u64() };
+            size.filter(|size| (1..=max).contains(size))
+                .ok_or_else(|| invalid(format!("{field} must be between 1 and {max}, and is {}", json[field])))
+        };
+        let float = |field: &str, default: f64| {
+            let float = if json[field].is_null() { Some(default) } else { json[field].as_f64() };
+            float.ok_or_else(|| invalid(format!("{field} must be a number, and is {}", json[field])))
+        };
+
+        let hidden = size("hidden_size", None, 1 << 24)?;
+        let q_heads = size("num_attention_heads", None, 1 << 16)?;
+        let kv_heads = size("num_key_value_heads", Some(q_heads), q_heads)?;
+        let head_dim = size("head_dim", Some(hidden / q_heads), 1 << 16)?;
+        if !q_heads.is_multiple_of(kv_heads) || !head_dim.is_multiple_of(2) {
+            let heads = format!("num_attention_heads {q_heads}, num_key_value_heads {kv_heads}, head_dim {head_dim}");
+            return Err(invalid(format!("{heads}: query heads come in groups, and a head's dimensions in pairs")));
         }
-        if !config.q_heads().is_multiple_of(config.kv_heads()) {
-            return Err(invalid("num_attention_heads is no multiple of num_key_value_heads".into()));
-        }
-        if !config.head_dim().is_multiple_of(2) {
-            return Err(invalid(format!("head_dim {} is odd", config.head_dim())));
-        }
-        Ok(config)
-    }
-
-    pub fn q_heads(&self) -> u64 {
-        self.num_attention_heads
-    }
-
-    pub fn kv_heads(&self) -> u64 {
-        self.num_key_value_heads.unwrap_or(self.num_attention_heads)
-    }
-
-    pub fn head_dim(&self) -> u64 {
-        self.head_dim.unwrap_or(self.hidden_size / self.num_attention_heads.max(1))
-    }
-
-    pub fn rope(&self) -> Rope {
-        Rope {
-            rotary_dim: self.head_dim(),
-            theta: self.rope_parameters["rope_theta"].as_f64().or(self.rope_theta).unwrap_or(10_000.0),
-            scaling: RopeScaling::Default,
-            max_length: self.max_position_embeddings,
-        }
-    }
-}
-
-fn dtype(config: &Value) -> Result<DType, Fault> {
-    match config["dtype"].as_str().or(config["torch_dtype"].as_str()) {
-        None | Some("float32") => Ok(DType::F32),
-        Some("bfloat16") => Ok(DType::Bf16),
-        Some("float16") => Ok(DType::F16),
-        Some(name) => Err(Fault::unsupported(format!("config.json: dtype '{name}' is not implemented"))),
+        let context_length = size("max_position_embeddings", Some(2048), 1 << 31)?;
+        // Newer checkpoints have it in `rope_parameters`.
+        let theta = json["rope_parameters"]["rope_theta"].as_f64().map_or_else(|| float("rope_theta", 1e4), Ok)?;
+        Ok(Self {
+            hidden,
+            intermediate: size("intermediate_size", None, 1 << 24)?,
+            layers: size("num_hidden_layers", None, 1000)? as usize,
+            q_heads,
+            kv_heads,
+            head_dim,
+            vocab: size("vocab_size", None, 1 << 24)?,
+            context_length,
+            norm_eps: float("rms_norm_eps", 1e-6)? as f32,
+            rope: Rope { rotary_dim: head_dim, theta, scaling: RopeScaling::Default, max_length: context_length },
+            dtype: dtype(json)?,
+            tied: json["tie_word_embeddings"] == true,
+            embedding_multiplier: float("embedding_multiplier", 1.0)? as f32,
+            attention_multiplier: float("attention_multiplier", 1.0)? as f32,
+            residual_multiplier: float("residual_multiplier", 1.0)? as f32,
+            logits_scaling: float("logits_scaling", 1.0)? as f32,
+        })
     }
 }
 
@@ -138,4 +96,17 @@ fn refuse_unsupported(options: &ModelOptions) -> Result<(), Fault> {
         }
     }
     Ok(())
+}
+
+fn dtype(json: &Value) -> Result<DType, Fault> {
+    match json["dtype"].as_str().or(json["torch_dtype"].as_str()).unwrap_or("float32") {
+        "float32" => Ok(DType::F32),
+        "bfloat16" => Ok(DType::Bf16),
+        "float16" => Ok(DType::F16),
+        name => Err(Fault::unsupported(format!("config.json: dtype '{name}' is not implemented"))),
+    }
+}
+
+fn invalid(message: String) -> Fault {
+    Fault::invalid(format!("config.json: {message}"))
 }

@@ -57,12 +57,12 @@ impl Graph<'_> {
             let tokens = f.input(Operand::Tokens, Shape::new(DType::I32, [(TOKENS, shape.tokens)]));
             let positions = f.input(Operand::Positions, Shape::new(DType::I32, [(TOKENS, shape.tokens)]));
             let context = f.context(0, self.state);
-            let (cos, sin) = f.rotary_tables(positions, &self.config.rope());
+            let (cos, sin) = f.rotary_tables(positions, &self.config.rope);
 
             let embedded = f.embed(tokens, &self.weight(f, "embed"), HIDDEN, DType::F32);
             let mut x = (embedded * self.config.embedding_multiplier).convert(self.dtype);
             let mut results = vec![];
-            for layer in 0..self.config.num_hidden_layers {
+            for layer in 0..self.config.layers {
                 let pool = f.pool(layer, self.state);
                 let (attended, pool) = self.attention(f, layer, x, [cos, sin], &pool, &context);
                 x = self.add(x, attended);
@@ -90,7 +90,7 @@ impl Graph<'_> {
     ) -> (Value<'f>, Vec<Value<'f>>) {
         let weight = |name: &str| self.weight(f, &format!("layers.{layer}.{name}"));
         let config = self.config;
-        let heads = Heads { q_heads: config.q_heads(), kv_heads: config.kv_heads(), head_dim: config.head_dim() };
+        let heads = Heads { q_heads: config.q_heads, kv_heads: config.kv_heads, head_dim: config.head_dim };
 
         let normed = self.norm(f, &format!("layers.{layer}.attention_norm"), x);
         let [q, k, v] = heads.split(normed.linear(&weight("qkv"), Linear::column(HIDDEN, QKV)));
@@ -102,7 +102,7 @@ impl Graph<'_> {
     /// `down · (silu(gate · n) * (up · n))` with `n = norm(x)`, in f32.
     fn mlp<'f>(&self, f: &'f Func<'f>, layer: usize, x: Value<'f>) -> Value<'f> {
         let weight = |name: &str| self.weight(f, &format!("layers.{layer}.{name}"));
-        let size = self.config.intermediate_size;
+        let size = self.config.intermediate;
 
         let normed = self.norm(f, &format!("layers.{layer}.mlp_norm"), x);
         let both = normed.linear(&weight("gate_up"), Linear::column(HIDDEN, INTERMEDIATE).result(DType::F32));
@@ -117,15 +117,15 @@ impl Graph<'_> {
     }
 
     fn norm<'f>(&self, f: &'f Func<'f>, name: &str, x: Value<'f>) -> Value<'f> {
-        x.rms_norm(HIDDEN, f.vector(&self.weight(f, name), HIDDEN), self.config.rms_norm_eps)
+        x.rms_norm(HIDDEN, f.vector(&self.weight(f, name), HIDDEN), self.config.norm_eps)
     }
 
     /// From rows of the hidden state to logits.
     fn head(&self, rows: u64) -> Result<Fragment, Fault> {
         let builder = Builder::new("granite_model_head");
         builder.export("head", |f| {
-            let x = f.input(Operand::Hidden, Shape::new(self.dtype, [(ROWS, rows), (HIDDEN, self.config.hidden_size)]));
-            let weight = self.weight(f, if self.config.tie_word_embeddings { "embed" } else { "head" });
+            let x = f.input(Operand::Hidden, Shape::new(self.dtype, [(ROWS, rows), (HIDDEN, self.config.hidden)]));
+            let weight = self.weight(f, if self.config.tied { "embed" } else { "head" });
             let logits = x.linear(&weight, Linear::new(LinearRole::Head, HIDDEN, VOCAB).result(DType::F32));
             vec![(Operand::Logits, logits / self.config.logits_scaling)]
         });

@@ -45,20 +45,20 @@ impl Model for GraniteModel {
         let config = &self.config;
         ModelDescription {
             architecture: "GraniteForCausalLM".into(),
-            hidden: config.hidden_size,
-            vocab: config.vocab_size,
-            context_length: config.max_position_embeddings,
+            hidden: config.hidden,
+            vocab: config.vocab,
+            context_length: config.context_length,
             dtype: config.dtype,
             // One kind of layers, and all are of it: a model with sliding windows in some layers has two.
             kinds: vec![StateKind::Paged(AttentionSpec {
-                q_heads: config.q_heads(),
-                kv_heads: config.kv_heads(),
-                head_dim: config.head_dim(),
+                q_heads: config.q_heads,
+                kv_heads: config.kv_heads,
+                head_dim: config.head_dim,
                 scale: config.attention_multiplier,
                 window: None,
                 soft_cap: None,
             })],
-            layers: vec![0; config.num_hidden_layers],
+            layers: vec![0; config.layers],
             weights: weights::weights(config),
             ignored_tensors: weights::ignored(config),
         }

@@ -40,14 +40,14 @@ fn defaults_are_those_of_transformers() {
     let [StateKind::Paged(attention)] = &description.kinds[..] else { panic!("{:?}", description.kinds) };
     assert_eq!((attention.q_heads, attention.kv_heads, attention.head_dim, attention.scale), (3, 3, 4, 1.0));
     assert_eq!((description.context_length, description.dtype), (2048, DType::F32));
-    assert_eq!((model.config.rms_norm_eps, model.config.rope().theta), (1e-6, 10_000.0));
+    assert_eq!((model.config.norm_eps, model.config.rope.theta), (1e-6, 10_000.0));
 }
 
 #[test]
 fn theta_is_read_from_both_places() {
     let old = open(json!({"rope_theta": 5e5, "rope_scaling": null})).unwrap();
     let new = open(json!({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}})).unwrap();
-    assert_eq!((old.config.rope().theta, new.config.rope().theta), (5e5, 5e5));
+    assert_eq!((old.config.rope.theta, new.config.rope.theta), (5e5, 5e5));
 }
 
 #[test]

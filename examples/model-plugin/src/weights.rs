@@ -10,13 +10,13 @@ use crate::config::Config;
 /// The weights of the model, in the order of the forward pass. Projections of the same input are joined, row after
 /// row, so that each layer reads it once.
 pub fn weights(config: &Config) -> Vec<WeightSpec> {
-    let (hidden, intermediate, vocab) = (config.hidden_size, config.intermediate_size, config.vocab_size);
-    let (queries, keys) = (config.q_heads() * config.head_dim(), config.kv_heads() * config.head_dim());
+    let Config { hidden, intermediate, vocab, .. } = *config;
+    let (queries, keys) = (config.q_heads * config.head_dim, config.kv_heads * config.head_dim);
     let (column, row) = (WeightRole::Linear(LinearRole::Column), WeightRole::Linear(LinearRole::Row));
-    let embed = if config.tie_word_embeddings { WeightRole::EmbedAndHead } else { WeightRole::Embed };
+    let embed = if config.tied { WeightRole::EmbedAndHead } else { WeightRole::Embed };
 
     let mut weights = vec![matrix("embed", embed, hidden, &[("model.embed_tokens", vocab)])];
-    for i in 0..config.num_hidden_layers {
+    for i in 0..config.layers {
         let qkv = [("self_attn.q_proj", queries), ("self_attn.k_proj", keys), ("self_attn.v_proj", keys)];
         let gate_up = [("mlp.gate_proj", intermediate), ("mlp.up_proj", intermediate)];
         let layer = [
@@ -30,7 +30,7 @@ pub fn weights(config: &Config) -> Vec<WeightSpec> {
         weights.extend(layer.map(|spec| of_layer(i, spec)));
     }
     weights.push(norm("norm", "model.norm", hidden));
-    if !config.tie_word_embeddings {
+    if !config.tied {
         weights.push(matrix("head", WeightRole::Linear(LinearRole::Head), hidden, &[("lm_head", vocab)]));
     }
     weights
@@ -38,7 +38,7 @@ pub fn weights(config: &Config) -> Vec<WeightSpec> {
 
 /// A checkpoint may carry a copy of a tied embedding.
 pub fn ignored(config: &Config) -> Vec<String> {
-    if config.tie_word_embeddings { vec!["lm_head.weight".into()] } else { vec![] }
+    if config.tied { vec!["lm_head.weight".into()] } else { vec![] }
 }
 
 /// `[out, input]`, where `out` is the rows of all `sources`.

@@ -50,7 +50,7 @@ CASES = {
         embedding_multiplier=0.3,
         attention_multiplier=1.1,
         residual_multiplier=1.7,
-        logits_scaling=2.5,
+        logits_scaling=0.15,
     ),
 }
 
