@@ -39,6 +39,9 @@ examples:
 
 test: setup examples
 	cargo build --release --locked --workspace --bins --examples
+	for manifest in examples/*/Cargo.toml; do \
+	  cargo test --release --locked --target-dir target/plugins --manifest-path $$manifest || exit 1; \
+	done
 	cargo test --release --locked --workspace
 
 lint:

@@ -31,8 +31,8 @@ pub fn stock_library(name: &str) -> PathBuf {
     library
 }
 
-/// Where `make test` builds the plugins of `examples`, and the tests the projects they generate: outside of this
-/// workspace's own artifacts, so that what they share is compiled once.
+/// Where `make test` builds the plugins of `examples`: outside of this workspace's own artifacts, so that what they share
+/// is compiled once.
 pub fn plugins_target() -> PathBuf {
     built().with_file_name("plugins")
 }

@@ -2,13 +2,13 @@
 
 use std::{
     path::PathBuf,
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::{Duration, Instant},
 };
 
 use futures::StreamExt;
 use torus_engine::{
-    EngineConfig, EngineHandle,
+    Device, EngineConfig, EngineHandle, MemoryBudget,
     api::{Engine, Event, FinishReason, GenerateRequest, LogprobOptions, Readiness, SamplingParams, TokenLogprob},
     config::{DeviceConfig, DtypeChoice, MemoryConfig, Platform, ScheduleConfig},
 };
@@ -39,6 +39,13 @@ pub fn linked_plugins() -> Registry {
     Registry::linked().unwrap()
 }
 
+/// One device for all engines of this process, as in a server.
+fn device() -> Device {
+    static DEVICE: OnceLock<Device> = OnceLock::new();
+    let config = DeviceConfig { platform: Platform::Cpu, pjrt_plugin: pjrt_plugin(), cpu_threads: None };
+    DEVICE.get_or_init(|| Device::new(config)).clone()
+}
+
 /// A small engine in float32: steps of 16 tokens, so that every prompt is chunked.
 pub fn config(model: ResolvedModel) -> EngineConfig {
     EngineConfig {
@@ -46,11 +53,11 @@ pub fn config(model: ResolvedModel) -> EngineConfig {
         model,
         plugins: linked_plugins(),
         end_token_ids: vec![2],
-        device: DeviceConfig { platform: Platform::Cpu, pjrt_plugin: pjrt_plugin(), cpu_threads: None },
+        device: device(),
         dtype: DtypeChoice::Float32,
         attention_backend: None,
         context_length: None,
-        memory: MemoryConfig { max_total_tokens: Some(16 * 1024), ..MemoryConfig::default() },
+        memory: MemoryConfig { max_total_tokens: Some(16 * 1024), ..MemoryConfig::new(MemoryBudget::new(None)) },
         schedule: ScheduleConfig {
             max_running_requests: Some(16),
             chunked_prefill_size: Some(16),

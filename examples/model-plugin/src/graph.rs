@@ -1,22 +1,32 @@
 //! The forward pass.
 
-use torus_plugin::{
-    DType, EmitModel, Fault, Fragment, LinearRole, ModelPart, Operand, StepShape,
-    hlo::{
-        Builder, Func, Heads, Linear, Shape, Value, Weight,
-        axes::{HEAD_DIM, HIDDEN, INTERMEDIATE, Q_HEADS, QKV, ROWS, TOKENS, VOCAB},
-    },
+use std::collections::BTreeMap;
+
+use torus_abi::{
+    DType,
+    fault::Fault,
+    fragment::{Fragment, LinearRole, Operand, WeightHandle},
+    model::{EmitModel, ModelPart, StateHandle},
+    step::StepShape,
+};
+use torus_hlo::{
+    Builder, Func, Heads, Linear, Shape, Value, Weight,
+    axes::{HEAD_DIM, HIDDEN, INTERMEDIATE, Q_HEADS, QKV, ROWS, TOKENS, VOCAB},
 };
 
 use crate::{config::Config, weights};
 
 pub fn emit(config: &Config, request: &EmitModel) -> Result<Fragment, Fault> {
-    let (specs, handles) = (weights::weights(config), &request.weights);
-    if let Some(spec) = specs.iter().find(|spec| !handles.contains_key(&spec.name)) {
-        return Err(Fault::invalid(format!("the request has no handle for the weight '{}'", spec.name)));
+    let mut handles = BTreeMap::new();
+    for spec in weights::weights(config) {
+        let handle = request.weights.get(&spec.name);
+        let missing = || Fault::invalid(format!("the request has no handle for the weight '{}'", spec.name));
+        handles.insert(spec.name.clone(), (handle.ok_or_else(missing)?, spec.shape));
     }
-    let shapes = specs.into_iter().map(|spec| (spec.name, spec.shape)).collect();
-    let graph = Graph { config, request, shapes };
+    let [state] = &request.state[..] else {
+        return Err(Fault::invalid("the model has one kind of layers"));
+    };
+    let graph = Graph { config, handles, state, dtype: request.dtype };
     match &request.part {
         ModelPart::Hidden { shape, capture } => graph.hidden(shape, capture),
         ModelPart::Head { rows } => graph.head(*rows),
@@ -25,85 +35,96 @@ pub fn emit(config: &Config, request: &EmitModel) -> Result<Fragment, Fault> {
 
 struct Graph<'a> {
     config: &'a Config,
-    request: &'a EmitModel,
-    shapes: std::collections::BTreeMap<String, Vec<u64>>,
+    /// Every weight of the model, with its logical shape.
+    handles: BTreeMap<String, (&'a WeightHandle, Vec<u64>)>,
+    state: &'a StateHandle,
+    /// Of activations between operations. What is scaled is scaled in f32 and rounded once.
+    dtype: DType,
 }
 
 impl Graph<'_> {
+    /// Declares a weight as an argument of the export.
     fn weight<'f>(&self, f: &'f Func<'f>, name: &str) -> Weight<'f> {
-        f.weight(name, &self.request.weights[name], &self.shapes[name])
+        let (handle, shape) = &self.handles[name];
+        f.weight(name, handle, shape)
     }
 
+    /// From tokens and positions to the normalized last hidden state, with new keys and values in the pools.
     fn hidden(&self, shape: &StepShape, capture: &[usize]) -> Result<Fragment, Fault> {
         // The parts of one program are linked together, so their symbols must differ.
         let builder = Builder::new("granite_model_hidden");
         builder.export("hidden", |f| {
-            let input = |operand| f.input(operand, Shape::new(DType::I32, [(TOKENS, shape.tokens)]));
-            let (tokens, positions) = (input(Operand::Tokens), input(Operand::Positions));
-            let context = f.context(0, &self.request.state[0]);
-            let embedded = f.embed(tokens, &self.weight(f, "embed"), HIDDEN, self.request.dtype);
-            let mut x = embedded * self.config.embedding_multiplier;
-            let rotary = f.rotary_tables(positions, &self.config.rope).into();
-            let mut results = Vec::new();
-            for index in 0..self.config.num_hidden_layers {
-                let mut pool = f.pool(index, &self.request.state[0]);
-                x = self.attention(f, index, x, &mut pool, &context, rotary);
-                x = self.mlp(f, index, x);
-                results.extend(pool.into_iter().enumerate().map(|(part, v)| (Operand::Pool { layer: index, part }, v)));
-                if capture.contains(&index) {
-                    results.push((Operand::Captured { layer: index }, x));
+            let tokens = f.input(Operand::Tokens, Shape::new(DType::I32, [(TOKENS, shape.tokens)]));
+            let positions = f.input(Operand::Positions, Shape::new(DType::I32, [(TOKENS, shape.tokens)]));
+            let context = f.context(0, self.state);
+            let (cos, sin) = f.rotary_tables(positions, &self.config.rope);
+
+            let embedded = f.embed(tokens, &self.weight(f, "embed"), HIDDEN, DType::F32);
+            let mut x = (embedded * self.config.embedding_multiplier).convert(self.dtype);
+            let mut results = vec![];
+            for layer in 0..self.config.layers {
+                let pool = f.pool(layer, self.state);
+                let (attended, pool) = self.attention(f, layer, x, [cos, sin], &pool, &context);
+                x = self.add(x, attended);
+                x = self.add(x, self.mlp(f, layer, x));
+                results.extend(pool.into_iter().enumerate().map(|(part, v)| (Operand::Pool { layer, part }, v)));
+                if capture.contains(&layer) {
+                    results.push((Operand::Captured { layer }, x));
                 }
             }
-            results.push((Operand::Hidden, self.norm(f, x, "norm")));
+            results.push((Operand::Hidden, self.norm(f, "norm", x)));
             results
         });
         Ok(builder.finish()?)
     }
 
-    /// `x + multiplier * o(attention(rotary(qkv(norm(x)))))`; replaces the layer's pool by what it is afterwards.
+    /// `o · attention(rotary(qkv · norm(x)))` in f32, and the updated pool.
     fn attention<'f>(
         &self,
         f: &'f Func<'f>,
-        index: usize,
+        layer: usize,
         x: Value<'f>,
-        pool: &mut Vec<Value<'f>>,
-        context: &[Value<'f>],
         [cos, sin]: [Value<'f>; 2],
-    ) -> Value<'f> {
+        pool: &[Value<'f>],
+        context: &[Value<'f>],
+    ) -> (Value<'f>, Vec<Value<'f>>) {
+        let weight = |name: &str| self.weight(f, &format!("layers.{layer}.{name}"));
         let config = self.config;
-        let heads =
-            Heads { q_heads: config.num_attention_heads, kv_heads: config.kv_heads, head_dim: config.head_dim };
-        let weight = |name: &str| self.weight(f, &format!("layers.{index}.{name}"));
-        let normed = self.norm(f, x, &format!("layers.{index}.attention_norm"));
+        let heads = Heads { q_heads: config.q_heads, kv_heads: config.kv_heads, head_dim: config.head_dim };
+
+        let normed = self.norm(f, &format!("layers.{layer}.attention_norm"), x);
         let [q, k, v] = heads.split(normed.linear(&weight("qkv"), Linear::column(HIDDEN, QKV)));
-        let qkv = [q.rotary(cos, sin), k.rotary(cos, sin), v];
-        let (attended, written) = f.attention(0, qkv, pool, context);
-        *pool = written;
+        let (attended, pool) = f.attention(0, [q.rotary(cos, sin), k.rotary(cos, sin), v], pool, context);
         let joined = attended.merge(&[Q_HEADS, HEAD_DIM], QKV);
-        x + joined.linear(&weight("o"), Linear::row(QKV, HIDDEN)) * config.residual_multiplier
+        (joined.linear(&weight("o"), Linear::row(QKV, HIDDEN).result(DType::F32)), pool)
     }
 
-    /// `x + multiplier * down(silu(gate(norm(x))) * up(norm(x)))`
-    fn mlp<'f>(&self, f: &'f Func<'f>, index: usize, x: Value<'f>) -> Value<'f> {
-        let weight = |name: &str| self.weight(f, &format!("layers.{index}.{name}"));
-        let normed = self.norm(f, x, &format!("layers.{index}.mlp_norm"));
-        let both = normed.linear(&weight("gate_up"), Linear::column(HIDDEN, INTERMEDIATE));
-        let width = self.config.intermediate_size;
-        let gate = both.slice(INTERMEDIATE, 0..width).convert(DType::F32);
-        let up = both.slice(INTERMEDIATE, width..2 * width).convert(DType::F32);
-        let inner = (gate.silu() * up).convert(x.dtype());
-        x + inner.linear(&weight("down"), Linear::row(INTERMEDIATE, HIDDEN)) * self.config.residual_multiplier
+    /// `down · (silu(gate · n) * (up · n))` with `n = norm(x)`, in f32.
+    fn mlp<'f>(&self, f: &'f Func<'f>, layer: usize, x: Value<'f>) -> Value<'f> {
+        let weight = |name: &str| self.weight(f, &format!("layers.{layer}.{name}"));
+        let size = self.config.intermediate;
+
+        let normed = self.norm(f, &format!("layers.{layer}.mlp_norm"), x);
+        let both = normed.linear(&weight("gate_up"), Linear::column(HIDDEN, INTERMEDIATE).result(DType::F32));
+        let (gate, up) = (both.slice(INTERMEDIATE, 0..size), both.slice(INTERMEDIATE, size..2 * size));
+        let inner = (gate.silu() * up).convert(self.dtype);
+        inner.linear(&weight("down"), Linear::row(INTERMEDIATE, HIDDEN).result(DType::F32))
     }
 
-    fn norm<'f>(&self, f: &'f Func<'f>, x: Value<'f>, name: &str) -> Value<'f> {
+    /// The residual: the family scales what is added.
+    fn add<'f>(&self, x: Value<'f>, addend: Value<'f>) -> Value<'f> {
+        (x.convert(DType::F32) + addend * self.config.residual_multiplier).convert(self.dtype)
+    }
+
+    fn norm<'f>(&self, f: &'f Func<'f>, name: &str, x: Value<'f>) -> Value<'f> {
         x.rms_norm(HIDDEN, f.vector(&self.weight(f, name), HIDDEN), self.config.norm_eps)
     }
 
+    /// From rows of the hidden state to logits.
     fn head(&self, rows: u64) -> Result<Fragment, Fault> {
         let builder = Builder::new("granite_model_head");
         builder.export("head", |f| {
-            let shape = Shape::new(self.request.dtype, [(ROWS, rows), (HIDDEN, self.config.hidden_size)]);
-            let x = f.input(Operand::Hidden, shape);
+            let x = f.input(Operand::Hidden, Shape::new(self.dtype, [(ROWS, rows), (HIDDEN, self.config.hidden)]));
             let weight = self.weight(f, if self.config.tied { "embed" } else { "head" });
             let logits = x.linear(&weight, Linear::new(LinearRole::Head, HIDDEN, VOCAB).result(DType::F32));
             vec![(Operand::Logits, logits / self.config.logits_scaling)]

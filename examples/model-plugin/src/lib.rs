@@ -1,29 +1,31 @@
-//! The Granite family, `GraniteForCausalLM`: a Llama whose embedding, residuals and logits are scaled.
+//! The Granite family, `GraniteForCausalLM`: a Llama whose embedding, residuals, attention scores and logits are scaled.
 //!
-//! Three files: [`config`] reads and checks `config.json`, [`weights`] names tensors, [`graph`] is the forward pass.
-//! GGUF files, biases and splitting over devices are left out.
+//! [`config`] reads and checks `config.json`, [`weights`] says where tensors come from, [`graph`] is the forward pass.
+//! Left out: GGUF files, biases, stretched rotary embeddings, and splitting over devices.
 
 mod config;
 mod graph;
-mod weights;
-
 #[cfg(test)]
 mod tests;
+mod weights;
 
-use torus_plugin::{
-    AttentionSpec, EmitModel, Fault, GgufAnswer, GgufQuery, Model, ModelDescription, ModelOptions, Package, StateKind,
+use torus_abi::{
+    author::Model,
+    fault::Fault,
+    fragment::Package,
+    model::{AttentionSpec, EmitModel, GgufAnswer, GgufQuery, ModelDescription, ModelOptions, StateKind},
 };
 
 use crate::config::Config;
 
 /// An opened checkpoint.
-pub struct GraniteModel {
+struct GraniteModel {
     config: Config,
 }
 
-torus_plugin::export_plugin! {
+torus_abi::export_plugin! {
     name: "granite_model",
-    description: "The Granite family: GraniteForCausalLM",
+    description: "The Granite family: GraniteForCausalLM (example)",
     model: GraniteModel,
 }
 
@@ -32,7 +34,7 @@ impl Model for GraniteModel {
     const GGUF_ARCHITECTURES: &'static [&'static str] = &[];
 
     fn from_gguf(_: &GgufQuery) -> Result<GgufAnswer, Fault> {
-        Err(Fault::unsupported("GGUF files of this family are not read"))
+        Err(Fault::unsupported("GGUF files of this family are not implemented"))
     }
 
     fn open(options: &ModelOptions) -> Result<Self, Fault> {
@@ -42,22 +44,23 @@ impl Model for GraniteModel {
     fn describe(&self) -> ModelDescription {
         let config = &self.config;
         ModelDescription {
-            architecture: Self::ARCHITECTURES[0].to_owned(),
-            hidden: config.hidden_size,
-            vocab: config.vocab_size,
-            context_length: config.max_position_embeddings,
+            architecture: "GraniteForCausalLM".into(),
+            hidden: config.hidden,
+            vocab: config.vocab,
+            context_length: config.context_length,
             dtype: config.dtype,
+            // One kind of layers, and all are of it: a model with sliding windows in some layers has two.
             kinds: vec![StateKind::Paged(AttentionSpec {
-                q_heads: config.num_attention_heads,
+                q_heads: config.q_heads,
                 kv_heads: config.kv_heads,
                 head_dim: config.head_dim,
                 scale: config.attention_multiplier,
                 window: None,
                 soft_cap: None,
             })],
-            layers: vec![0; config.num_hidden_layers],
+            layers: vec![0; config.layers],
             weights: weights::weights(config),
-            ignored_tensors: if config.tied { vec!["lm_head.weight".to_owned()] } else { vec![] },
+            ignored_tensors: weights::ignored(config),
         }
     }
 

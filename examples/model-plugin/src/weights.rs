@@ -1,33 +1,33 @@
 //! Names and shapes of the family's tensors.
 
-use torus_plugin::{LinearRole, WeightRole, WeightSource, WeightSpec};
+use torus_abi::{
+    fragment::LinearRole,
+    model::{WeightRole, WeightSource, WeightSpec},
+};
 
 use crate::config::Config;
 
-/// The weights of the model, in the order of the forward pass. A weight with several sources stacks their rows.
+/// The weights of the model, in the order of the forward pass. Projections of the same input are joined, row after
+/// row, so that each layer reads it once.
 pub fn weights(config: &Config) -> Vec<WeightSpec> {
-    let (hidden, intermediate, vocab) = (config.hidden_size, config.intermediate_size, config.vocab_size);
-    let (queries, keys) = (config.num_attention_heads * config.head_dim, config.kv_heads * config.head_dim);
+    let Config { hidden, intermediate, vocab, .. } = *config;
+    let (queries, keys) = (config.q_heads * config.head_dim, config.kv_heads * config.head_dim);
+    let (column, row) = (WeightRole::Linear(LinearRole::Column), WeightRole::Linear(LinearRole::Row));
     let embed = if config.tied { WeightRole::EmbedAndHead } else { WeightRole::Embed };
+
     let mut weights = vec![matrix("embed", embed, hidden, &[("model.embed_tokens", vocab)])];
-    for i in 0..config.num_hidden_layers {
-        let name = |name: &str| format!("layers.{i}.{name}");
-        let tensor = |name: &str| format!("model.layers.{i}.{name}");
-        let linear = |role, weight: &str, input: u64, sources: &[(&str, u64)]| {
-            let sources: Vec<_> = sources.iter().map(|(source, rows)| (tensor(source), *rows)).collect();
-            let sources: Vec<_> = sources.iter().map(|(source, rows)| (source.as_str(), *rows)).collect();
-            matrix(&name(weight), WeightRole::Linear(role), input, &sources)
-        };
+    for i in 0..config.layers {
         let qkv = [("self_attn.q_proj", queries), ("self_attn.k_proj", keys), ("self_attn.v_proj", keys)];
         let gate_up = [("mlp.gate_proj", intermediate), ("mlp.up_proj", intermediate)];
-        weights.extend([
-            norm(&name("attention_norm"), &tensor("input_layernorm"), hidden),
-            linear(LinearRole::Column, "qkv", hidden, &qkv),
-            linear(LinearRole::Row, "o", queries, &[("self_attn.o_proj", hidden)]),
-            norm(&name("mlp_norm"), &tensor("post_attention_layernorm"), hidden),
-            linear(LinearRole::Column, "gate_up", hidden, &gate_up),
-            linear(LinearRole::Row, "down", intermediate, &[("mlp.down_proj", hidden)]),
-        ]);
+        let layer = [
+            norm("attention_norm", "input_layernorm", hidden),
+            matrix("qkv", column, hidden, &qkv),
+            matrix("o", row, queries, &[("self_attn.o_proj", hidden)]),
+            norm("mlp_norm", "post_attention_layernorm", hidden),
+            matrix("gate_up", column, hidden, &gate_up),
+            matrix("down", row, intermediate, &[("mlp.down_proj", hidden)]),
+        ];
+        weights.extend(layer.map(|spec| of_layer(i, spec)));
     }
     weights.push(norm("norm", "model.norm", hidden));
     if !config.tied {
@@ -36,20 +36,31 @@ pub fn weights(config: &Config) -> Vec<WeightSpec> {
     weights
 }
 
+/// A checkpoint may carry a copy of a tied embedding.
+pub fn ignored(config: &Config) -> Vec<String> {
+    if config.tied { vec!["lm_head.weight".into()] } else { vec![] }
+}
+
+/// `[out, input]`, where `out` is the rows of all `sources`.
 fn matrix(name: &str, role: WeightRole, input: u64, sources: &[(&str, u64)]) -> WeightSpec {
-    WeightSpec {
-        name: name.to_owned(),
-        shape: vec![sources.iter().map(|(_, rows)| rows).sum(), input],
-        role,
-        sources: sources.iter().map(|(tensor, rows)| source(tensor, vec![*rows, input])).collect(),
-    }
+    let shape = vec![sources.iter().map(|(_, rows)| rows).sum(), input];
+    let sources = sources.iter().map(|(tensor, rows)| source(tensor, vec![*rows, input])).collect();
+    WeightSpec { name: name.into(), shape, role, sources }
 }
 
 fn norm(name: &str, tensor: &str, size: u64) -> WeightSpec {
     let sources = vec![source(tensor, vec![size])];
-    WeightSpec { name: name.to_owned(), shape: vec![size], role: WeightRole::Vector, sources }
+    WeightSpec { name: name.into(), shape: vec![size], role: WeightRole::Vector, sources }
 }
 
 fn source(tensor: &str, shape: Vec<u64>) -> WeightSource {
-    WeightSource { tensor: format!("{tensor}.weight"), shape, transforms: Vec::new() }
+    WeightSource { tensor: format!("{tensor}.weight"), shape, transforms: vec![] }
+}
+
+fn of_layer(index: usize, mut spec: WeightSpec) -> WeightSpec {
+    spec.name = format!("layers.{index}.{}", spec.name);
+    for source in &mut spec.sources {
+        source.tensor = format!("model.layers.{index}.{}", source.tensor);
+    }
+    spec
 }

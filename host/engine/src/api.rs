@@ -174,6 +174,10 @@ pub enum Readiness {
         done: usize,
         total: usize,
     },
+    /// Programs are ready; another engine must release memory before weights are read.
+    WaitingForMemory {
+        bytes: u64,
+    },
     WarmingUp,
     Ready,
     /// It will not become ready, or stopped being so (a hung step).
@@ -197,6 +201,10 @@ pub struct ModelInfo {
     /// Bytes of weights that a step reads from memory, whatever its size: all but an embedding that is only looked up.
     pub weight_bytes: u64,
     pub attention_backend: String,
+    /// Name and version of the plugin that the model comes from.
+    pub model_plugin: String,
+    /// Memory held for weights and KV.
+    pub reserved_bytes: u64,
     pub device: String,
     pub end_token_ids: Vec<u32>,
 }

@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use torus_plugins::Registry;
 
+use crate::{Device, MemoryBudget};
+
 /// Everything an engine is made from. Fields left `None` are decided from the model, the device and its memory.
 #[derive(Clone, Debug)]
 pub struct EngineConfig {
@@ -15,7 +17,8 @@ pub struct EngineConfig {
     /// Tokens that end a sequence, from everywhere the checkpoint names them: config, generation config, tokenizer,
     /// GGUF metadata.
     pub end_token_ids: Vec<u32>,
-    pub device: DeviceConfig,
+    /// Shared by all engines of the process.
+    pub device: Device,
     pub dtype: DtypeChoice,
     /// Name of an attention plugin; `None` = the one that scores highest.
     pub attention_backend: Option<String>,
@@ -63,10 +66,16 @@ pub enum DtypeChoice {
     Bfloat16,
 }
 
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct MemoryConfig {
-    /// Bytes of host memory that this process may still take: what the machine and the cgroup leave. `None` = unknown.
-    pub available_bytes: Option<u64>,
+    /// What all engines together may take.
+    pub budget: MemoryBudget,
+    /// Share of the whole budget for this engine, its weights included; `None` = what is free.
+    pub share: Option<f64>,
+    /// Bytes that another engine will release before this one allocates: it plans with them, and once its programs are
+    /// compiled it waits for them ([`Readiness::WaitingForMemory`](crate::api::Readiness::WaitingForMemory)). 0 = it
+    /// reserves at once what is free.
+    pub released_bytes: u64,
     /// Tokens in a page; `None` = 16 on CPU, 128 on TPU.
     pub page_size: Option<usize>,
     /// Tokens the KV pool holds; `None` = as memory allows.
@@ -74,6 +83,20 @@ pub struct MemoryConfig {
     /// Share of the device's memory for weights and KV; `None` on a CPU = the smaller of 4 GiB and a quarter of what
     /// the cgroup leaves for KV.
     pub mem_fraction_static: Option<f64>,
+}
+
+impl MemoryConfig {
+    /// Everything decided from the model and what is free in `budget`.
+    pub fn new(budget: MemoryBudget) -> Self {
+        Self {
+            budget,
+            share: None,
+            released_bytes: 0,
+            page_size: None,
+            max_total_tokens: None,
+            mem_fraction_static: None,
+        }
+    }
 }
 
 #[derive(Clone, Debug)]

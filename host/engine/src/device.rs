@@ -3,62 +3,14 @@
 use std::sync::Arc;
 
 use torus_abi::{DType, TensorType};
-use torus_pjrt::{Buffer, Client, Device, ElementType, Execution, HostCopy, LoadedExecutable, PjrtError};
+use torus_pjrt::{Buffer, Execution, HostCopy, LoadedExecutable, PjrtError};
 
 use crate::program::{Arguments, LOAD_ENTRIES};
 
-/// The device element type of a dtype.
-pub(crate) fn element(dtype: DType) -> ElementType {
-    match dtype {
-        DType::Bool => ElementType::Pred,
-        DType::I8 => ElementType::S8,
-        DType::I16 => ElementType::S16,
-        DType::I32 => ElementType::S32,
-        DType::I64 => ElementType::S64,
-        DType::U8 => ElementType::U8,
-        DType::U16 => ElementType::U16,
-        DType::U32 => ElementType::U32,
-        DType::U64 => ElementType::U64,
-        DType::F16 => ElementType::F16,
-        DType::Bf16 => ElementType::BF16,
-        DType::F32 => ElementType::F32,
-        DType::F64 => ElementType::F64,
-    }
-}
+mod target;
 
-/// A client and the one device of it that this engine uses.
-#[derive(Clone)]
-pub(crate) struct Target {
-    pub client: Client,
-    pub device: Device,
-}
-
-impl Target {
-    pub fn upload(&self, bytes: &[u8], tensor: &TensorType) -> Result<Buffer, PjrtError> {
-        let dims: Vec<i64> = tensor.dims.iter().map(|dim| *dim as i64).collect();
-        self.client.buffer_from_host(bytes, element(tensor.dtype), &dims, &self.device)
-    }
-
-    /// Hands memory over; a device that shares the host's takes it without a copy.
-    pub fn give(&self, bytes: torus_weights::AlignedBytes, tensor: &TensorType) -> Result<Buffer, PjrtError> {
-        let dims: Vec<i64> = tensor.dims.iter().map(|dim| *dim as i64).collect();
-        self.client.buffer_from_owned(Owned(bytes), element(tensor.dtype), &dims, &self.device)
-    }
-
-    fn upload_words(&self, words: &[i32], dtype: DType, dims: &[u64]) -> Result<Buffer, PjrtError> {
-        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
-        self.upload(&bytes, &TensorType::new(dtype, dims))
-    }
-}
-
-/// Memory of `torus-weights` that a device keeps.
-struct Owned(torus_weights::AlignedBytes);
-
-impl AsRef<[u8]> for Owned {
-    fn as_ref(&self) -> &[u8] {
-        &self.0
-    }
-}
+pub use target::Device;
+pub(crate) use target::Target;
 
 /// The programs beside the step.
 pub(crate) struct Loaders {

@@ -87,6 +87,10 @@ impl Shared {
         }
     }
 
+    pub fn is_shutting_down(&self) -> bool {
+        self.shutting_down.load(Ordering::Acquire)
+    }
+
     /// Nothing waits any more: the engine's thread has ended.
     pub fn forget_all(&self) {
         self.waiting.store(0, Ordering::Release);
@@ -147,7 +151,7 @@ impl EngineHandle {
     }
 
     fn ready_info(&self) -> Result<Arc<ModelInfo>, SubmitError> {
-        if self.shared.shutting_down.load(Ordering::Acquire) {
+        if self.shared.is_shutting_down() {
             return Err(SubmitError::ShuttingDown);
         }
         let readiness = lock(&self.shared.readiness).clone();
@@ -183,6 +187,7 @@ fn stage(readiness: &Readiness) -> String {
         Readiness::Loading { done, total } if *total > 0 => format!("loading weights, {}%", done * 100 / total),
         Readiness::Loading { .. } => "loading".into(),
         Readiness::Compiling { done, total } => format!("compiling {done} of {total}"),
+        Readiness::WaitingForMemory { .. } => "waiting for memory".into(),
         Readiness::WarmingUp => "warming up".into(),
         Readiness::Ready => "ready".into(),
         Readiness::Failed { .. } => "failed".into(),

@@ -8,11 +8,12 @@
 //!
 //! Invariants:
 //! - Nothing is compiled once the engine is ready: the step loop holds finished programs only.
-//! - Only the engine's thread touches the device after loading.
+//! - Only the engine's thread touches its buffers after loading; the device itself and the memory budget are shared.
 //! - A sampled token depends on the request's seed and the position, not on batch, bucket or order.
 //! - A failed step ends no request but the one that causes it.
 
 pub mod api;
+mod budget;
 mod compile;
 pub mod config;
 mod core;
@@ -32,8 +33,10 @@ mod stats;
 mod testing;
 mod watchdog;
 
+pub use budget::{MemoryBudget, Shortage};
 pub use compile::CompileError;
 pub use config::EngineConfig;
+pub use device::Device;
 pub use handle::EngineHandle;
 pub use load::StartError;
 pub use program::AssembleError;

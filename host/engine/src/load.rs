@@ -1,20 +1,14 @@
 //! From a configuration to an engine that can run: client, plugins, weights, memory, programs.
 
-use std::{
-    fs,
-    io::{self, Read},
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::{fs, io, path::PathBuf, sync::Arc};
 
-use sha2::{Digest, Sha256};
 use torus_abi::{
     DType,
     attention::{AttentionQuery, Target as AttentionTarget},
     model::{GgufAnswer, ModelDescription, ModelOptions, Parallel, StateKind},
     step::StepShape,
 };
-use torus_pjrt::{Buffer, Client, LoadedExecutable, OptionValue, PjrtError, Plugin as PjrtPlugin};
+use torus_pjrt::{Buffer, LoadedExecutable, PjrtError};
 use torus_plugins::{CallError, OpenModel, Plugin, RegistryError};
 use torus_weights::{
     AlignedBytes, Checkpoint, LoadPlan, PlannedWeight, Progress, SinkError, StorageDType, WeightSink, WeightsError,
@@ -22,8 +16,9 @@ use torus_weights::{
 
 use crate::{
     api::{ModelInfo, Readiness},
+    budget::{Reservation, Shortage},
     compile::{CacheKey, CompileError, Compiler},
-    config::{DtypeChoice, EngineConfig, Platform},
+    config::{DtypeChoice, EngineConfig},
     device::{DeviceState, Loaders, Target},
     handle::{Shared, lock},
     memory,
@@ -49,6 +44,14 @@ pub enum StartError {
     Compile(#[from] CompileError),
     #[error("{field}: {message}")]
     Config { field: &'static str, message: String },
+    #[error(
+        "the model does not fit beside what is loaded: {0}; unload another, lower --max-total-tokens or --mem-fraction-static, \
+         or replace one with swap mode 'drain'"
+    )]
+    Memory(#[from] Shortage),
+    /// Its last handle was dropped meanwhile.
+    #[error("loading was cancelled")]
+    Cancelled,
 }
 
 fn invalid(field: &'static str, message: impl Into<String>) -> StartError {
@@ -87,6 +90,8 @@ pub(crate) struct Loaded {
     pub pages: Vec<Vec<u32>>,
     /// Entries of the table that the next step buffer brings.
     pub pending_pages: Vec<(u32, i32)>,
+    /// Given back after everything above is gone: fields are dropped in order.
+    _reservation: Reservation,
 }
 
 impl Loaded {
@@ -101,7 +106,7 @@ impl Loaded {
 
 /// Loads everything, telling `shared` how far it is.
 pub(crate) fn load(config: &EngineConfig, shared: &Shared) -> Result<Loaded, StartError> {
-    let target = open_device(config)?;
+    let target = config.device.open()?;
     let checkpoint = Checkpoint::open(&config.model)?;
     let (plugin, gguf, model) = open_model(config, &checkpoint)?;
     let description = model.describe()?;
@@ -111,7 +116,7 @@ pub(crate) fn load(config: &EngineConfig, shared: &Shared) -> Result<Loaded, Sta
     let queries = attention_queries(&description, activations, plan.shape(1, 1), &target);
     let (attention, answers) = config.plugins.attention(config.attention_backend.as_deref(), &queries)?;
     let page_bytes: u64 = description.layers.iter().map(|kind| answers[*kind].page_bytes).sum();
-    let plan = plan.with_pages(config, page_bytes, activations, &description)?;
+    let plan = plan.with_pages(config, page_bytes, &description)?;
     tracing::info!(
         attention = attention.name(),
         %activations,
@@ -120,6 +125,8 @@ pub(crate) fn load(config: &EngineConfig, shared: &Shared) -> Result<Loaded, Sta
         max_running = plan.max_running,
         "memory is planned"
     );
+    let bytes = plan.weight_bytes(&description) + plan.pages * page_bytes;
+    let at_once = (config.memory.released_bytes == 0).then(|| config.memory.budget.reserve(bytes)).transpose()?;
     let interface = attention.attention().ok_or_else(|| invalid("attention_backend", "it offers no attention"))?;
     let assembler = Assembler {
         model,
@@ -130,10 +137,11 @@ pub(crate) fn load(config: &EngineConfig, shared: &Shared) -> Result<Loaded, Sta
         max_running: plan.max_running as u64,
         description,
     };
-    let weights = load_weights(config, &checkpoint, gguf.as_ref(), &assembler, &target, shared)?;
     let key = cache_key(config, &target, &[&plugin, &attention])?;
     let compiler = Compiler::new(target.client.clone(), shared, config.cache_dir.as_deref(), key);
     let programs = compile(config, &compiler, &assembler, &plan, shared)?;
+    let reservation = at_once.map_or_else(|| wait_for_memory(config, bytes, shared), Ok)?;
+    let weights = load_weights(config, &checkpoint, gguf.as_ref(), &assembler, &target, shared)?;
     let arguments = assembler.arguments(plan.shape(1, 1))?;
     let state = DeviceState::new(target.clone(), arguments, weights.into(), Arc::new(programs.loaders))?;
     let end_tokens = config.end_token_ids.clone();
@@ -147,6 +155,8 @@ pub(crate) fn load(config: &EngineConfig, shared: &Shared) -> Result<Loaded, Sta
         dtype: activations.to_string(),
         weight_bytes: assembler.weight_bytes_per_step(),
         attention_backend: attention.name().to_owned(),
+        model_plugin: format!("{} {}", plugin.name(), plugin.manifest.version),
+        reserved_bytes: reservation.bytes(),
         device: target.device.kind().to_owned(),
         end_token_ids: end_tokens.clone(),
     }));
@@ -163,19 +173,15 @@ pub(crate) fn load(config: &EngineConfig, shared: &Shared) -> Result<Loaded, Sta
         pages_per_slot: plan.pages_per_slot,
         pages: vec![Vec::new(); plan.max_running],
         pending_pages: Vec::new(),
+        _reservation: reservation,
     })
 }
 
-fn open_device(config: &EngineConfig) -> Result<Target, StartError> {
-    let plugin = PjrtPlugin::load(&config.device.pjrt_plugin)?;
-    let options = match config.device.platform {
-        Platform::Cpu => vec![("cpu_device_count".to_owned(), OptionValue::Int(1))],
-        Platform::Tpu | Platform::Cuda => Vec::new(),
-    };
-    let client = Client::new(&plugin, &options)?;
-    let device = client.devices()?.into_iter().next();
-    let device = device.ok_or_else(|| invalid("device", "the device plugin finds no device"))?;
-    Ok(Target { client, device })
+/// Waits until the engine that this one replaces has released its memory.
+fn wait_for_memory(config: &EngineConfig, bytes: u64, shared: &Shared) -> Result<Reservation, StartError> {
+    shared.set_readiness(Readiness::WaitingForMemory { bytes });
+    let reservation = config.memory.budget.wait_for(bytes, || shared.is_shutting_down());
+    reservation.ok_or(StartError::Cancelled)
 }
 
 type Opened = (Arc<Plugin>, Option<GgufAnswer>, OpenModel);
@@ -246,11 +252,15 @@ fn attention_queries(
 /// Hands each weight to the device as it is assembled.
 struct DeviceSink<'a> {
     target: &'a Target,
+    shared: &'a Shared,
     buffers: Vec<Buffer>,
 }
 
 impl WeightSink for DeviceSink<'_> {
     fn put(&mut self, weight: &PlannedWeight, bytes: AlignedBytes) -> Result<(), SinkError> {
+        if self.shared.is_shutting_down() {
+            return Err(StartError::Cancelled.into());
+        }
         self.buffers.push(self.target.give(bytes, &weight.tensor_type())?);
         Ok(())
     }
@@ -302,7 +312,7 @@ fn load_weights(
     let plan = LoadPlan::new(checkpoint, &assembler.description, gguf, |spec| {
         names.iter().position(|known| known.name == spec.name).map_or(StorageDType::F32, storage)
     })?;
-    let mut sink = DeviceSink { target, buffers: Vec::with_capacity(names.len()) };
+    let mut sink = DeviceSink { target, shared, buffers: Vec::with_capacity(names.len()) };
     let console = config.progress.then(torus_weights::ConsoleProgress::new);
     let report = plan.run(&mut sink, &LoadProgress { console, shared })?;
     tracing::info!(
@@ -316,12 +326,10 @@ fn load_weights(
 
 /// Everything that decides machine code beside a program's text.
 fn cache_key(config: &EngineConfig, target: &Target, plugins: &[&Arc<Plugin>]) -> Result<CacheKey, StartError> {
-    let path = &config.device.pjrt_plugin;
-    let hash = file_hash(path).map_err(|source| StartError::Unreadable { path: path.clone(), source })?;
     let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let flags = cpu.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
     let mut key = CacheKey::new()
-        .with("pjrt", hash)
+        .with("pjrt", config.device.plugin_sha256()?)
         .with("device", target.device.kind())
         .with("cpu", flags)
         .with("version", env!("CARGO_PKG_VERSION"));
@@ -329,18 +337,6 @@ fn cache_key(config: &EngineConfig, target: &Target, plugins: &[&Arc<Plugin>]) -
         key = key.with(variable, std::env::var(variable).unwrap_or_default());
     }
     Ok(plugins.iter().fold(key, |key, plugin| key.with("plugin", plugin.identity())))
-}
-
-fn file_hash(path: &Path) -> io::Result<Vec<u8>> {
-    const CHUNK_BYTES: usize = 1 << 20;
-    let (mut file, mut hash) = (fs::File::open(path)?, Sha256::new());
-    let mut chunk = vec![0; CHUNK_BYTES];
-    loop {
-        match file.read(&mut chunk)? {
-            0 => return Ok(hash.finalize().to_vec()),
-            bytes => hash.update(&chunk[..bytes]),
-        }
-    }
 }
 
 struct Programs {
@@ -364,6 +360,9 @@ fn compile(
     // The largest take longest: they go first, so that the last ones to finish are short.
     let order: Vec<_> = wanted.iter().rev().copied().collect();
     let make = |(tokens, rows): &(usize, Rows)| -> Result<Bucket, StartError> {
+        if shared.is_shutting_down() {
+            return Err(StartError::Cancelled);
+        }
         let program = assembler.program(plan.shape(*tokens, plan.max_running), *rows)?;
         let executable = compiler.compile(&format!("step of {tokens} tokens"), &program.text)?;
         Ok(Bucket { layout: program.layout, executable: Arc::new(executable) })

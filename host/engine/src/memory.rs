@@ -3,7 +3,7 @@
 use torus_abi::{DType, model::ModelDescription, step::StepShape};
 
 use crate::{
-    config::{EngineConfig, Platform},
+    config::{EngineConfig, MemoryConfig, Platform},
     load::StartError,
 };
 
@@ -41,7 +41,7 @@ pub(crate) fn plan(
     description: &ModelDescription,
     activations: DType,
 ) -> Result<Plan, StartError> {
-    let on_cpu = config.device.platform == Platform::Cpu;
+    let on_cpu = config.device.platform() == Platform::Cpu;
     let page_size = config.memory.page_size.unwrap_or(if on_cpu { 16 } else { 128 });
     if !(1..=4096).contains(&page_size) {
         return Err(config_error("--page-size", format!("{page_size} is not between 1 and 4096")));
@@ -77,11 +77,10 @@ impl Plan {
         mut self,
         config: &EngineConfig,
         page_bytes: u64,
-        activations: DType,
         description: &ModelDescription,
     ) -> Result<Self, StartError> {
         let wanted = config.memory.max_total_tokens.map(|tokens| (tokens as u64).div_ceil(self.page_size));
-        let possible = kv_bytes(config, self.weight_bytes(description, activations)) / page_bytes.max(1);
+        let possible = kv_bytes(config, self.weight_bytes(description)) / page_bytes.max(1);
         // A tiny model would else fill the memory with a cache it never needs.
         let useful = (self.max_running * self.pages_per_slot) as u64 * CACHED_CONTEXTS_PER_SLOT;
         let pages = wanted.unwrap_or(possible.min(useful));
@@ -101,7 +100,7 @@ impl Plan {
         Ok(self)
     }
 
-    fn weight_bytes(&self, description: &ModelDescription, _activations: DType) -> u64 {
+    pub fn weight_bytes(&self, description: &ModelDescription) -> u64 {
         let elements: u64 = description.weights.iter().map(|spec| spec.shape.iter().product::<u64>()).sum();
         elements * self.matrices.bytes() as u64
     }
@@ -138,20 +137,22 @@ impl Plan {
     }
 }
 
-/// Memory that an engine counts on where nobody knows how much there is.
-const UNKNOWN_AVAILABLE_BYTES: u64 = 8 * GIB;
-
-fn available_bytes(config: &EngineConfig) -> u64 {
-    config.memory.available_bytes.unwrap_or(UNKNOWN_AVAILABLE_BYTES)
+/// What this engine may take, weights and KV together.
+fn available_bytes(memory: &MemoryConfig) -> u64 {
+    let free = memory.budget.free_bytes() + memory.released_bytes;
+    let share = memory.share.map(|share| (memory.budget.total_bytes() as f64 * share) as u64);
+    share.map_or(free, |share| share.min(free))
 }
 
 /// Bytes for KV, beside the weights.
 fn kv_bytes(config: &EngineConfig, weight_bytes: u64) -> u64 {
-    let available = available_bytes(config).saturating_sub(weight_bytes);
-    match (config.memory.mem_fraction_static, config.device.platform) {
-        (Some(fraction), _) => ((available_bytes(config) as f64 * fraction) as u64).saturating_sub(weight_bytes),
+    let available = available_bytes(&config.memory).saturating_sub(weight_bytes);
+    match (config.memory.mem_fraction_static, config.device.platform()) {
+        (Some(fraction), _) => {
+            ((available_bytes(&config.memory) as f64 * fraction) as u64).saturating_sub(weight_bytes)
+        }
         (None, Platform::Cpu) => CPU_KV_BYTES_MAX.min(available / 4),
-        (None, _) => ((available_bytes(config) as f64 * DEVICE_FRACTION) as u64).saturating_sub(weight_bytes),
+        (None, _) => ((available_bytes(&config.memory) as f64 * DEVICE_FRACTION) as u64).saturating_sub(weight_bytes),
     }
 }
 

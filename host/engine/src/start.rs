@@ -36,6 +36,8 @@ pub fn start(config: EngineConfig) -> std::io::Result<EngineHandle> {
 fn run(config: &EngineConfig, shared: &Arc<Shared>, commands: &mpsc::Receiver<Command>) {
     let loaded = match load(config, shared) {
         Ok(loaded) => loaded,
+        // Whatever went wrong then, nobody waits for it.
+        Err(_) if shared.is_shutting_down() => return,
         Err(error) => {
             tracing::error!(model = config.name, "{error}");
             shared.set_readiness(Readiness::Failed { message: error.to_string() });

@@ -15,10 +15,18 @@ pub enum LoadError {
         path = .path.display()
     )]
     WritableByOthers { path: PathBuf, what: &'static str, mode: u32 },
+    #[error(
+        "{path}: is no file in a folder that plugins may be loaded from while the server runs ({folders}); put it into one, or \
+         start the server with --plugin-dir FOLDER",
+        path = .path.display()
+    )]
+    NotAllowed { path: PathBuf, folders: String },
     #[error("{path}: is no shared library ({reason})", path = .path.display())]
     NotALibrary { path: PathBuf, reason: &'static str },
     #[error("{path}: was built for {found}, this server runs on {expected}; build it for {expected}", path = .path.display())]
     WrongArchitecture { path: PathBuf, found: String, expected: &'static str },
+    #[error("{path}: has the SHA-256 {found}, not {pinned} as it should; it was not loaded", path = .path.display())]
+    OtherHash { path: PathBuf, found: String, pinned: String },
     #[error("the plugin cache {path} cannot be written: {source}; free space or set TORUS_CACHE", path = .path.display())]
     Cache { path: PathBuf, source: std::io::Error },
     #[error("{path}: the system's loader refuses it: {message}", path = .path.display())]

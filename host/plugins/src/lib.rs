@@ -25,6 +25,6 @@ mod speculative;
 pub use error::{CallError, LinkError, LoadError};
 pub use library::LibraryCache;
 pub use plugin::{AttentionInterface, ModelInterface, OpenModel, Origin, Plugin};
-pub use registry::{Registry, RegistryError};
+pub use registry::{Registry, RegistryError, Update};
 pub use search::{SearchPath, candidates};
 pub use speculative::{Drafts, SpeculativeInterface, Speculator};

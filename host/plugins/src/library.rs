@@ -31,13 +31,17 @@ impl LibraryCache {
         Self { folder: folder.into() }
     }
 
-    pub(crate) fn open(&self, path: &Path) -> Result<Library, LoadError> {
+    /// `pinned`: the SHA-256 that the file must have, in hexadecimal; nothing of another file is run.
+    pub(crate) fn open(&self, path: &Path, pinned: Option<&str>) -> Result<Library, LoadError> {
         let unreadable = |source| LoadError::Unreadable { path: path.to_owned(), source };
         let path = path.canonicalize().map_err(unreadable)?;
         refuse_writable_by_others(&path, "file", &path.metadata().map_err(unreadable)?)?;
         let content = fs::read(&path).map_err(unreadable)?;
         check_elf(&path, &content)?;
         let sha256 = hex(&Sha256::digest(&content));
+        if let Some(pinned) = pinned.filter(|pinned| !pinned.eq_ignore_ascii_case(&sha256)) {
+            return Err(LoadError::OtherHash { path, found: sha256, pinned: pinned.to_owned() });
+        }
         let copy = self.store(&sha256, &content)?;
         let root = load_root(&path, &copy)?;
         let entry = PluginEntry { describe: root.describe(), interface: root.interface() };
@@ -128,7 +132,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("plugin.so");
         fs::write(&file, content).unwrap();
-        LibraryCache::new(folder.path().join("cache")).open(&file).err().unwrap()
+        LibraryCache::new(folder.path().join("cache")).open(&file, None).err().unwrap()
     }
 
     /// A header that claims to be a shared object for `machine`, with no sections.
@@ -158,8 +162,21 @@ mod tests {
     }
 
     #[test]
+    fn a_file_of_another_hash_than_the_pinned_one_is_not_run() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("plugin.so");
+        fs::write(&file, header(3, this_machine())).unwrap();
+        let cache = LibraryCache::new(folder.path().join("cache"));
+        let refused = |pinned: &str| cache.open(&file, Some(pinned)).err().unwrap();
+        let error = refused("00ff");
+        let LoadError::OtherHash { found, .. } = &error else { panic!("{error}") };
+        assert!(error.to_string().contains("00ff"), "{error}");
+        assert!(matches!(refused(&found.to_uppercase()), LoadError::Refused { .. }));
+    }
+
+    #[test]
     fn a_missing_file_is_named() {
-        let error = LibraryCache::new("unused").open(Path::new("/nonexistent/plugin.so")).err().unwrap();
+        let error = LibraryCache::new("unused").open(Path::new("/nonexistent/plugin.so"), None).err().unwrap();
         assert!(error.to_string().contains("/nonexistent/plugin.so"), "{error}");
     }
 
@@ -171,7 +188,7 @@ mod tests {
             .lines()
             .find_map(|line| line.split_whitespace().last().filter(|path| path.contains("libgcc_s")))
             .unwrap();
-        let error = LibraryCache::new(folder.path()).open(Path::new(libc)).err().unwrap();
+        let error = LibraryCache::new(folder.path()).open(Path::new(libc), None).err().unwrap();
         assert!(matches!(error, LoadError::NoRoot { .. }), "{error}");
     }
 }

@@ -38,6 +38,25 @@ pub enum RegistryError {
     NoAttention { reasons: String },
 }
 
+/// What came of [`Registry::update`].
+#[derive(Clone, Debug)]
+pub struct Update {
+    pub plugin: Arc<Plugin>,
+    /// The plugin of the same name that it took the place of.
+    pub replaced: Option<Arc<Plugin>>,
+}
+
+fn announce(plugin: &Plugin, file: &Path) {
+    let kinds: Vec<_> = plugin.manifest.kinds.iter().map(|kind| kind.name()).collect();
+    tracing::info!(
+        name = plugin.name(),
+        version = plugin.manifest.version,
+        kinds = kinds.join(","),
+        file = %file.display(),
+        "plugin loaded"
+    );
+}
+
 fn describe_origin(plugin: &Plugin) -> String {
     match &plugin.origin {
         Origin::Linked => "linked into the server".into(),
@@ -66,21 +85,31 @@ impl Registry {
 
     /// Loads one file. Nothing changes if it fails. The same file twice is one plugin.
     pub fn load(&mut self, file: &Path, cache: &LibraryCache) -> Result<Arc<Plugin>, RegistryError> {
-        let plugin = Plugin::from_library(cache.open(file)?)?;
+        let plugin = Plugin::from_library(cache.open(file, None)?)?;
         let same = |known: &&Arc<Plugin>| known.name() == plugin.name() && known.identity() == plugin.identity();
         if let Some(known) = self.plugins.iter().find(same) {
             return Ok(known.clone());
         }
         let plugin = self.add(plugin)?;
-        let kinds: Vec<_> = plugin.manifest.kinds.iter().map(|kind| kind.name()).collect();
-        tracing::info!(
-            name = plugin.name(),
-            version = plugin.manifest.version,
-            kinds = kinds.join(","),
-            file = %file.display(),
-            "plugin loaded"
-        );
+        announce(&plugin, file);
         Ok(plugin)
+    }
+
+    /// Loads one file into a running server. It takes the place of a plugin of its name, whatever that one's version,
+    /// and comes before all others, so that it also serves what another served so far. Who holds the replaced plugin
+    /// keeps it. Nothing changes if the file fails; the same file twice is one plugin.
+    ///
+    /// `pinned`: the SHA-256 that the file must have, in hexadecimal.
+    pub fn update(&mut self, file: &Path, pinned: Option<&str>, cache: &LibraryCache) -> Result<Update, RegistryError> {
+        let plugin = Arc::new(Plugin::from_library(cache.open(file, pinned)?)?);
+        let known = self.plugins.iter().position(|known| known.name() == plugin.name());
+        let replaced = known.map(|index| self.plugins.remove(index));
+        // The one that is known already stays, so that all engines share it.
+        let plugin = replaced.clone().filter(|known| known.identity() == plugin.identity()).unwrap_or(plugin);
+        self.plugins.insert(0, plugin.clone());
+        let replaced = replaced.filter(|replaced| !Arc::ptr_eq(replaced, &plugin));
+        announce(&plugin, file);
+        Ok(Update { plugin, replaced })
     }
 
     fn add(&mut self, plugin: Plugin) -> Result<Arc<Plugin>, RegistryError> {

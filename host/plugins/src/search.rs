@@ -57,6 +57,24 @@ pub fn candidates(path: &SearchPath) -> Result<Vec<PathBuf>, LoadError> {
     Ok(found)
 }
 
+impl SearchPath {
+    /// The file that a client of a running server means: one that lies directly in a folder of this path, given by
+    /// name or by path. Links are followed first, so that none leads out of the folder.
+    pub fn find(&self, file: &Path) -> Result<PathBuf, LoadError> {
+        let folders: Vec<_> = self.folders.iter().filter_map(|folder| folder.canonicalize().ok()).collect();
+        let named = file.components().count() == 1 && !file.is_absolute();
+        let candidates =
+            if named { folders.iter().map(|folder| folder.join(file)).collect() } else { vec![file.into()] };
+        let found = candidates.iter().filter_map(|candidate| candidate.canonicalize().ok());
+        let allowed =
+            |path: &PathBuf| path.parent().is_some_and(|parent| folders.iter().any(|folder| folder == parent));
+        found.into_iter().find(allowed).ok_or_else(|| {
+            let folders: Vec<_> = folders.iter().map(|folder| folder.display().to_string()).collect();
+            LoadError::NotAllowed { path: file.to_owned(), folders: folders.join(", ") }
+        })
+    }
+}
+
 /// Refuses a file or folder that its group or anybody may write.
 pub(crate) fn refuse_writable_by_others(
     path: &Path,
@@ -89,6 +107,25 @@ mod tests {
         let found = candidates(&path).unwrap();
         let names: Vec<_> = found.iter().map(|file| file.file_name().unwrap().to_str().unwrap()).collect();
         assert_eq!(names, ["given.so", "a.so", "b.so"]);
+    }
+
+    #[test]
+    fn a_client_can_name_only_what_lies_in_a_folder_of_the_path() {
+        let folder = tempfile::tempdir().unwrap();
+        let allowed = folder.path().join("allowed");
+        fs::create_dir(&allowed).unwrap();
+        fs::write(allowed.join("a.so"), "").unwrap();
+        fs::write(folder.path().join("outside.so"), "").unwrap();
+        std::os::unix::fs::symlink(folder.path().join("outside.so"), allowed.join("link.so")).unwrap();
+        let path = SearchPath { files: vec![], folders: vec![allowed.clone()] };
+        let expected = allowed.join("a.so").canonicalize().unwrap();
+        assert_eq!(path.find(Path::new("a.so")).unwrap(), expected);
+        assert_eq!(path.find(&allowed.join("a.so")).unwrap(), expected);
+        for refused in ["link.so", "absent.so", "../outside.so", "/etc/passwd", "..", ""] {
+            let error = path.find(Path::new(refused)).unwrap_err();
+            assert!(matches!(error, LoadError::NotAllowed { .. }), "{refused}: {error}");
+        }
+        assert!(path.find(&folder.path().join("outside.so")).is_err());
     }
 
     #[test]

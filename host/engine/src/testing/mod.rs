@@ -47,8 +47,8 @@ pub(crate) fn pjrt_plugin() -> PathBuf {
 fn client() -> &'static Client {
     static CLIENT: OnceLock<Client> = OnceLock::new();
     CLIENT.get_or_init(|| {
-        let plugin = Plugin::load(&pjrt_plugin()).unwrap();
-        Client::new(&plugin, &vec![("cpu_device_count".to_owned(), OptionValue::Int(1))]).unwrap()
+        let plugin = Plugin::load(pjrt_plugin()).unwrap();
+        Client::new(&plugin, &[("cpu_device_count".to_owned(), OptionValue::Int(1))]).unwrap()
     })
 }
 
