@@ -1,58 +1,149 @@
-//! Plugins from outside of the tree: what `torus plugins new` writes builds, passes its own tests and loads.
+//! Plugins from outside of the tree: the guide's commands are run, so what `torus plugins new` writes for each kind builds,
+//! passes its own tests, loads and serves.
 
 use std::{
     collections::BTreeSet,
     fs,
     path::{Path, PathBuf},
-    process::{Command, Output},
+    process::Command,
 };
 
-use crate::server::{plugins_target, torus};
+use serde_json::json;
+
+use crate::{
+    server::{built, free_port, plugins_target, torus},
+    support::{fetched, smollm2},
+};
 
 fn repository() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..").canonicalize().unwrap()
 }
 
-fn run(command: &mut Command) -> Output {
-    let output = command.output().unwrap();
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    assert!(output.status.success(), "{command:?}:\n{}{}", text(&output.stdout), text(&output.stderr));
-    output
+/// A fenced block of a Markdown file: the words after the fence, and what is inside.
+struct Block<'t> {
+    info: &'t str,
+    text: &'t str,
 }
 
-fn cargo(command: &str, project: &Path) {
-    // `--locked`: the lock file that was written is complete, and `--offline`: nothing else is needed.
-    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or("cargo".into()));
-    cargo.args([command, "--release", "--locked", "--offline", "--target-dir"]).arg(plugins_target());
-    run(cargo.current_dir(project));
+fn blocks(markdown: &str) -> Vec<Block<'_>> {
+    let fenced = markdown.split("\n```").skip(1).step_by(2);
+    fenced.map(|block| block.split_once('\n').unwrap()).map(|(info, text)| Block { info, text }).collect()
+}
+
+fn guide() -> String {
+    fs::read_to_string(repository().join("plugin-api/README.md")).unwrap()
 }
 
 #[test]
-fn a_new_project_of_each_kind_builds_passes_its_tests_and_loads() {
-    // Always the same folder, because cargo keeps what it built for each path.
-    let folder = plugins_target().join("projects");
-    if folder.exists() {
-        fs::remove_dir_all(&folder).unwrap();
+fn the_code_of_the_guide_is_the_code_of_the_examples() {
+    let (guide, mut compared) = (guide(), 0);
+    for block in blocks(&guide) {
+        let Some((language, file)) = block.info.split_once(' ') else {
+            assert!(["sh", "text"].contains(&block.info), "a block of '{}' names no file", block.info);
+            continue;
+        };
+        if language == "rust" {
+            let code = fs::read_to_string(repository().join(file)).unwrap();
+            assert!(code.contains(&format!("\n{}\n", block.text)), "{file} has no such lines:\n{}", block.text);
+            compared += 1;
+        }
     }
-    let mut api = None;
-    for kind in ["attention", "model", "speculative"] {
-        let (name, project) = (format!("new-{kind}"), folder.join(kind));
-        let mut new = Command::new(torus());
-        new.args(["plugin", "new", "--kind", kind, &name, "--path"]).arg(&project);
-        // The first writes the plugin API beside it, the others are built with that copy.
-        let written = run(new.args(api.iter().flat_map(|api: &PathBuf| [Path::new("--api"), api.as_path()])));
-        let library = format!("target/release/libnew_{kind}.so");
-        assert!(String::from_utf8(written.stdout).unwrap().contains(&format!("  torus plugins check {library}\n")));
-        api.get_or_insert(project.join("torus-plugin-api"));
-        cargo("test", &project);
-        cargo("build", &project);
-        let built = plugins_target().join("release").join(format!("libnew_{kind}.so"));
-        let report = run(Command::new(torus()).args(["plugins", "check"]).arg(&built));
-        let report = String::from_utf8(report.stdout).unwrap();
-        assert!(
-            report.contains(&format!("new_{kind} 0.1.0")) && report.contains(&format!("offers: {kind}")),
-            "{report}"
-        );
+    assert!(compared > 5, "{compared}");
+}
+
+/// A checkpoint of the family that no stock plugin serves, with a tokenizer for its 48 tokens.
+fn granite(folder: &Path) {
+    fs::create_dir_all(folder).unwrap();
+    let data = repository().join("tests/data/granite/grouped-untied");
+    for file in ["config.json", "model.safetensors"] {
+        fs::copy(data.join(file), folder.join(file)).unwrap();
+    }
+    let words = ["[UNK]", "The", "capital", "of", "France", "is"].map(str::to_owned);
+    let vocabulary = words.into_iter().chain((6..48).map(|id| format!("word{id}"))).zip(0..);
+    let vocabulary: serde_json::Map<_, _> = vocabulary.map(|(word, id)| (word, json!(id))).collect();
+    let tokenizer = json!({
+        "version": "1.0",
+        "pre_tokenizer": {"type": "Whitespace"},
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "[UNK]"},
+        "decoder": {"type": "Fuse"},
+    });
+    fs::write(folder.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+}
+
+/// What makes a script of the guide's commands: settings for this machine, and servers in the background.
+const PREAMBLE: &str = r#"
+set -euo pipefail
+exec 2>&1
+export CARGO_NET_OFFLINE=true CARGO_TERM_COLOR=never
+server=
+stop() { if [ -n "$server" ]; then kill "$server"; wait "$server" || true; server=; fi; }
+trap stop EXIT
+ready() {
+  until curl -fs "http://127.0.0.1:$PORT/health" > health; do
+    kill -0 "$server" || { cat "$ROOT/server.log"; exit 1; }
+    sleep 0.1
+  done
+}
+# All projects share the folder of what is built, and what was written as their lock file is kept to be compared.
+share() {
+  for project in "$ROOT"/my-*/; do
+    project=${project%/}
+    [ -e "$project/target" ] || { ln -s "$TARGET" "$project/target"; cp "$project/Cargo.lock" "$project.lock"; }
+  done
+}
+cd "$ROOT"
+"#;
+
+/// The guide's commands as one script. Each block is announced by a line `@@`.
+fn script(blocks: &[Block<'_>]) -> String {
+    let mut script = PREAMBLE.to_owned();
+    for block in blocks {
+        script += match block.info {
+            "sh" => format!("echo @@\n{}\nshare\n", block.text),
+            "sh serve" => format!("echo @@\nstop\n{} > \"$ROOT/server.log\" 2>&1 &\nserver=$!\nready\n", block.text),
+            _ => continue,
+        }
+        .as_str();
+    }
+    script
+}
+
+/// All of the guide: a project of each kind is written, builds, passes its own tests, loads, and serves.
+#[test]
+fn the_commands_of_the_guide_do_what_it_says() {
+    // Always the same folder, because cargo keeps what it built for each path.
+    let root = plugins_target().join("guide");
+    if root.exists() {
+        fs::remove_dir_all(&root).unwrap();
+    }
+    granite(&root.join("granite"));
+    let (guide, port) = (guide(), free_port());
+    let blocks = blocks(&guide);
+    let path = [built().as_os_str(), &std::env::var_os("PATH").unwrap()].join(":".as_ref());
+    let mut bash = Command::new("bash");
+    bash.args(["-c", &script(&blocks)]).env("PATH", path).env_remove("CARGO_TARGET_DIR");
+    bash.env("ROOT", &root).env("TARGET", plugins_target()).env("TORUS_CACHE", fetched("models").parent().unwrap());
+    bash.env("MODEL", smollm2()).env("GRANITE", root.join("granite")).env("PORT", port.to_string());
+    let output = bash.output().unwrap();
+    let output = (output.status, String::from_utf8(output.stdout).unwrap());
+    assert!(output.0.success(), "{}", output.1);
+
+    let mut outputs = output.1.split("@@\n").skip(1);
+    let mut last = "";
+    for block in &blocks {
+        match block.info {
+            "sh" | "sh serve" => last = outputs.next().unwrap(),
+            "text" => {
+                let missing = block.text.lines().find(|line| !last.contains(line));
+                assert_eq!(missing, None, "{last}");
+            }
+            _ => {}
+        }
+    }
+    for project in ["my-kernel", "my-family", "my-guess"] {
+        let [written, left] = [root.join(format!("{project}.lock")), root.join(project).join("Cargo.lock")];
+        let [written, left] = [written, left].map(|file| fs::read_to_string(file).unwrap());
+        assert_eq!(written, left, "cargo completed the lock file of {project}");
     }
 }
 

@@ -43,7 +43,7 @@ fn the_same_tokens_come_from_plugins_that_are_shared_libraries() {
 #[test]
 fn a_plugin_from_outside_of_the_tree_is_checked_and_serves() {
     // Built by `make test` in a workspace of its own, against the plugin API alone.
-    let library = crate::server::example_library("torus_attention_paged");
+    let library = crate::server::example_library("paged_attention");
     let library = library.to_str().unwrap();
     let check =
         std::process::Command::new(crate::server::torus()).args(["plugins", "check", library]).output().unwrap();

@@ -31,8 +31,8 @@ pub fn stock_library(name: &str) -> PathBuf {
     library
 }
 
-/// Where `make test` builds the plugins of `examples`: outside of this workspace's own artifacts, so that what they share
-/// is compiled once.
+/// Where `make test` builds the plugins of `examples`, and the tests the projects they generate: outside of this
+/// workspace's own artifacts, so that what they share is compiled once.
 pub fn plugins_target() -> PathBuf {
     built().with_file_name("plugins")
 }
@@ -42,6 +42,11 @@ pub fn example_library(name: &str) -> PathBuf {
     let library = plugins_target().join("release").join(format!("lib{name}.so"));
     assert!(library.exists(), "{} is missing: run 'make examples'", library.display());
     library
+}
+
+/// A port that nobody listens on at the moment.
+pub fn free_port() -> u16 {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
 /// A running server. Killed when dropped.
@@ -56,9 +61,7 @@ pub const MODEL: &str = "SmolLM2-135M-Instruct";
 impl Server {
     /// Starts a server on a free port with the small model in float32, and waits until it is ready.
     pub async fn start(options: &[&str]) -> Self {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let port = listener.local_addr().unwrap().port();
-        drop(listener);
+        let port = free_port();
         let mut command = Command::new(torus());
         command.args(["serve", "--served-model-name", MODEL, "--host", "127.0.0.1", "--dtype", "float32"]);
         command.args(["--max-total-tokens", "16384", "--chunked-prefill-size", "64", "--max-running-requests", "16"]);

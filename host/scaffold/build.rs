@@ -19,7 +19,7 @@ fn main() -> io::Result<()> {
     for kind in ["model", "attention", "speculative"] {
         let folder = root.join(format!("examples/{kind}-plugin"));
         let mut files = Vec::new();
-        sources(&folder, &["Cargo.lock", "Cargo.toml", "README.md", "src"], &mut files)?;
+        sources(&folder, &["Cargo.lock", "Cargo.toml", "README.md", "src", "testdata"], &mut files)?;
         code += &list(&kind.to_uppercase(), &folder, &files);
     }
     fs::write(PathBuf::from(env::var_os("OUT_DIR").unwrap_or_default()).join("embedded.rs"), code)
@@ -32,8 +32,7 @@ fn crates(folder: &Path) -> io::Result<Vec<PathBuf>> {
 }
 
 fn sources(folder: &Path, names: &[&str], files: &mut Vec<PathBuf>) -> io::Result<()> {
-    for name in names {
-        let path = folder.join(name);
+    for path in names.iter().map(|name| folder.join(name)).filter(|path| path.exists()) {
         watch(&path);
         add(&path, files)?;
     }

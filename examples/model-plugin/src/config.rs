@@ -1,8 +1,10 @@
 //! The family's `config.json`.
 
-use serde_json::{Value, json};
-use torus_abi::{DType, fault::Fault, model::ModelOptions};
-use torus_hlo::nn::{Rope, RopeScaling};
+use torus_plugin::{
+    DType, Fault, ModelOptions,
+    hlo::nn::{Rope, RopeScaling},
+    serde_json::{Value, json},
+};
 
 /// What the graph needs to know, checked.
 pub struct Config {

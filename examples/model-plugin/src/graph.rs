@@ -2,16 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use torus_abi::{
-    DType,
-    fault::Fault,
-    fragment::{Fragment, LinearRole, Operand, WeightHandle},
-    model::{EmitModel, ModelPart, StateHandle},
-    step::StepShape,
-};
-use torus_hlo::{
-    Builder, Func, Heads, Linear, Shape, Value, Weight,
-    axes::{HEAD_DIM, HIDDEN, INTERMEDIATE, Q_HEADS, QKV, ROWS, TOKENS, VOCAB},
+use torus_plugin::{
+    DType, EmitModel, Fault, Fragment, LinearRole, ModelPart, Operand, StateHandle, StepShape, WeightHandle,
+    hlo::{
+        Builder, Func, Heads, Linear, Shape, Value, Weight,
+        axes::{HEAD_DIM, HIDDEN, INTERMEDIATE, Q_HEADS, QKV, ROWS, TOKENS, VOCAB},
+    },
 };
 
 use crate::{config::Config, weights};

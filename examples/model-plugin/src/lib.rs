@@ -9,11 +9,8 @@ mod graph;
 mod tests;
 mod weights;
 
-use torus_abi::{
-    author::Model,
-    fault::Fault,
-    fragment::Package,
-    model::{AttentionSpec, EmitModel, GgufAnswer, GgufQuery, ModelDescription, ModelOptions, StateKind},
+use torus_plugin::{
+    AttentionSpec, EmitModel, Fault, GgufAnswer, GgufQuery, Model, ModelDescription, ModelOptions, Package, StateKind,
 };
 
 use crate::config::Config;
@@ -23,7 +20,7 @@ struct GraniteModel {
     config: Config,
 }
 
-torus_abi::export_plugin! {
+torus_plugin::export_plugin! {
     name: "granite_model",
     description: "The Granite family: GraniteForCausalLM (example)",
     model: GraniteModel,

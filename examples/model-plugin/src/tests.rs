@@ -1,13 +1,9 @@
 //! What the model says through the interface, without a device.
 
-use serde_json::{Value, json};
-use torus_abi::{
-    DType, TensorType,
-    author::Model,
-    fault::Fault,
-    fragment::WeightHandle,
-    model::{EmitModel, ModelOptions, ModelPart, Parallel, StateHandle, StateKind},
-    step::StepShape,
+use torus_plugin::{
+    DType, EmitModel, Fault, Model, ModelOptions, ModelPart, Parallel, StateHandle, StateKind, StepShape, TensorType,
+    WeightHandle,
+    serde_json::{Value, json},
 };
 
 use crate::GraniteModel;

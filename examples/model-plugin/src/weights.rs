@@ -1,9 +1,6 @@
 //! Names and shapes of the family's tensors.
 
-use torus_abi::{
-    fragment::LinearRole,
-    model::{WeightRole, WeightSource, WeightSpec},
-};
+use torus_plugin::{LinearRole, WeightRole, WeightSource, WeightSpec};
 
 use crate::config::Config;
 
