@@ -1,5 +1,6 @@
 //! Tiny random models of every variant of every stock family, and of one from outside, against Hugging Face `transformers`
-//! (`data/{family}/make.py`), through the whole engine: batched, in chunks, and again with cached prefixes.
+//! (`data/{family}/make.py`), through the whole engine: batched, in chunks, and again with cached prefixes. Where a
+//! variant is also there as a GGUF file, that gives the same.
 
 use std::path::{Path, PathBuf};
 
@@ -54,6 +55,21 @@ async fn check(engine: &EngineHandle, name: &str, case: &Value, with_prompt_logp
     }
 }
 
+fn equals_the_reference(name: &str, plugins: &Registry, model: ResolvedModel, golden: &Value) {
+    let mut config = config(model);
+    config.plugins = plugins.clone();
+    config.memory.page_size = Some(4);
+    config.memory.max_total_tokens = Some(1024);
+    // Few buckets: each variant compiles all of its own.
+    config.schedule.chunked_prefill_size = Some(4);
+    config.schedule.max_running_requests = Some(4);
+    let engine = ready(config);
+    for with_prompt_logprobs in [true, false] {
+        let cases = golden["cases"].as_array().unwrap().iter();
+        block_on(join_all(cases.map(|case| check(&engine, name, case, with_prompt_logprobs))));
+    }
+}
+
 fn every_variant_equals_the_reference(family: &str, variants_min: usize) {
     every_variant_equals_the_reference_with(&linked_plugins(), family, variants_min);
 }
@@ -65,17 +81,10 @@ fn every_variant_equals_the_reference_with(plugins: &Registry, family: &str, var
         let name = folder.file_name().unwrap().to_str().unwrap().to_owned();
         let golden = std::fs::read_to_string(folder.join("golden.json")).unwrap();
         let golden: Value = serde_json::from_str(&golden).unwrap();
-        let mut config = config(ResolvedModel::Folder(folder));
-        config.plugins = plugins.clone();
-        config.memory.page_size = Some(4);
-        config.memory.max_total_tokens = Some(1024);
-        // Few buckets: each variant compiles all of its own.
-        config.schedule.chunked_prefill_size = Some(4);
-        config.schedule.max_running_requests = Some(4);
-        let engine = ready(config);
-        for with_prompt_logprobs in [true, false] {
-            let cases = golden["cases"].as_array().unwrap().iter();
-            block_on(join_all(cases.map(|case| check(&engine, &name, case, with_prompt_logprobs))));
+        let gguf = folder.join("model.gguf");
+        equals_the_reference(&name, plugins, ResolvedModel::Folder(folder), &golden);
+        if gguf.exists() {
+            equals_the_reference(&format!("{name} in GGUF"), plugins, ResolvedModel::Gguf(gguf), &golden);
         }
     }
 }
@@ -91,4 +100,9 @@ fn granite_from_outside_of_the_tree() {
     let mut plugins = linked_plugins();
     plugins.load(&example_library("granite_model"), &LibraryCache::new(folder.path())).unwrap();
     every_variant_equals_the_reference_with(&plugins, "granite", 2);
+}
+
+#[test]
+fn qwen() {
+    every_variant_equals_the_reference("qwen", 7);
 }

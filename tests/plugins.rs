@@ -10,7 +10,7 @@ use torus_plugins::{LibraryCache, Registry};
 fn library(name: &str) -> PathBuf {
     let test = std::env::current_exe().unwrap();
     let path = test.ancestors().nth(2).unwrap().join(format!("examples/lib{name}.so"));
-    let build = "cargo build --release --examples -p torus-model-llama -p torus-attention-native";
+    let build = "cargo build --release --examples -p torus-model-llama -p torus-model-qwen -p torus-attention-native";
     assert!(path.exists(), "{} is missing: run {build}", path.display());
     path
 }
@@ -20,14 +20,14 @@ fn stock_plugins_load_from_shared_libraries_and_answer() {
     let folder = tempfile::tempdir().unwrap();
     let cache = LibraryCache::new(folder.path());
     let mut registry = Registry::default();
-    for name in ["torus_model_llama", "torus_attention_native"] {
+    for name in ["torus_model_llama", "torus_model_qwen", "torus_attention_native"] {
         registry.load(&library(name), &cache).unwrap();
     }
     // The same file twice is one plugin.
     registry.load(&library("torus_model_llama"), &cache).unwrap();
     let names: Vec<_> = registry.plugins().iter().map(|plugin| plugin.name()).collect();
-    assert_eq!(names, ["llama", "native"]);
-    assert!(registry.plugins()[1].attention().is_some());
+    assert_eq!(names, ["llama", "qwen", "native"]);
+    assert!(registry.plugins()[2].attention().is_some());
 
     let config = json!({
         "architectures": ["LlamaForCausalLM"], "hidden_size": 12, "intermediate_size": 20, "vocab_size": 31,

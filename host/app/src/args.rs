@@ -3,16 +3,20 @@
 //! Options have the names that operators of SGLang know. One whose feature does not exist yet is refused with a
 //! sentence that says so ([`refuse`]), never ignored.
 
+mod ctl;
 mod engine;
 mod generate;
+mod models;
 pub mod refuse;
 mod serve;
 mod values;
 
+pub use ctl::{CtlArgs, CtlCommand, ModelChanges, SwapMode};
 pub use engine::{EngineArgs, ModelArgs, PluginArgs, ScheduleArgs};
 pub use generate::GenerateArgs;
+pub use models::ModelSpec;
 pub use serve::ServeArgs;
-pub use values::{ChunkSize, Device, Dtype, LogArgs, LogFormat, LogLevel, Policy};
+pub use values::{ChunkSize, Device, Dtype, LogArgs, LogFormat, LogLevel, Policy, fraction};
 
 use std::path::PathBuf;
 
@@ -33,6 +37,8 @@ pub enum Command {
     /// List plugins, check one, or begin one
     #[command(subcommand, visible_alias = "plugin")]
     Plugins(PluginsCommand),
+    /// Change what a running server serves: load plugins, load, swap and unload models
+    Ctl(CtlArgs),
     /// Say what this machine offers, and what to do where something is missing
     CheckEnv(CheckEnvArgs),
     /// Measure a server

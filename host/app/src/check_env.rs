@@ -210,7 +210,7 @@ fn tpu_plugin(cache: &CacheDir) -> Fact {
 }
 
 fn plugins(cache: &CacheDir) -> Vec<Fact> {
-    let path = SearchPath::of_process(Vec::new());
+    let path = SearchPath::of_process(Vec::new(), Vec::new());
     let mut facts: Vec<_> = path.folders.iter().map(|folder| plugin_folder(folder)).collect();
     let loaded = Registry::linked().and_then(|mut registry| {
         registry.load_all(&path, &LibraryCache::new(cache.libraries()))?;

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use anyhow::ensure;
 use torus_engine::{
+    MemoryBudget,
     api::Engine,
     config::{DeviceConfig, DtypeChoice, EngineConfig, MemoryConfig, Platform, ScheduleConfig},
 };
@@ -14,56 +15,88 @@ use crate::{
     cache_dir::CacheDir,
     limits::Limits,
     model::Model,
-    plugins,
 };
 
-/// Starts an engine. It returns at once; the engine loads and compiles in threads of its own.
-pub fn start(args: &EngineArgs, name: String, model: &Model, limits: &Limits) -> anyhow::Result<Arc<dyn Engine>> {
-    Ok(Arc::new(torus_engine::start(config(args, name, model, limits)?)?))
+/// What all engines of this process share.
+pub struct Machine {
+    cache: CacheDir,
+    device: torus_engine::Device,
+    budget: MemoryBudget,
 }
 
-fn config(args: &EngineArgs, name: String, model: &Model, limits: &Limits) -> anyhow::Result<EngineConfig> {
-    let cache = CacheDir::new(args.device.cache_dir.as_deref())?;
-    let plugins = plugins::registry(&args.plugins, &cache)?;
-    let attention_backend = Some(args.plugins.attention_backend.clone()).filter(|name| name != "auto");
-    if let Some(name) = &attention_backend {
-        check_attention(name, &plugins)?;
-    }
-    Ok(EngineConfig {
-        name,
-        model: model.files.clone(),
-        plugins,
-        end_token_ids: model.end_token_ids.clone(),
-        device: DeviceConfig {
-            platform: match args.device.device {
+/// What of the machine's memory an engine gets.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct MemoryClaim {
+    /// `None` = what it needs of what is free.
+    pub share: Option<f64>,
+    /// What another engine is going to release for it.
+    pub released_bytes: u64,
+}
+
+impl Machine {
+    pub fn new(args: &EngineArgs, limits: &Limits) -> anyhow::Result<Self> {
+        let (args, cache) = (&args.device, CacheDir::new(args.device.cache_dir.as_deref())?);
+        let config = DeviceConfig {
+            platform: match args.device {
                 Device::Cpu => Platform::Cpu,
                 Device::Tpu => Platform::Tpu,
                 Device::Cuda => Platform::Cuda,
             },
-            pjrt_plugin: cache.pjrt_plugin(args.device.device, args.device.pjrt_plugin.as_deref())?,
-            cpu_threads: Some(args.device.threads.unwrap_or_else(|| limits.cpus())),
-        },
-        dtype: match args.model.dtype {
-            // Refused when the command line was checked.
-            Dtype::Auto | Dtype::Float16 => DtypeChoice::Auto,
-            Dtype::Float32 => DtypeChoice::Float32,
-            Dtype::Bfloat16 => DtypeChoice::Bfloat16,
-        },
-        attention_backend,
-        context_length: args.model.context_length,
-        memory: MemoryConfig {
-            available_bytes: limits.memory_bytes(),
-            page_size: args.schedule.page_size,
-            max_total_tokens: args.schedule.max_total_tokens,
-            mem_fraction_static: args.schedule.mem_fraction_static,
-        },
-        schedule: schedule(&args.schedule),
-        random_seed: args.schedule.random_seed,
-        cache_dir: Some(cache.executables()),
-        watchdog_timeout: args.schedule.watchdog_timeout,
-        progress: true,
-        fail_on_token: None,
-    })
+            pjrt_plugin: cache.pjrt_plugin(args.device, args.pjrt_plugin.as_deref())?,
+            cpu_threads: Some(args.threads.unwrap_or_else(|| limits.cpus())),
+        };
+        let budget = MemoryBudget::new(limits.memory_bytes());
+        Ok(Self { cache, device: torus_engine::Device::new(config), budget })
+    }
+
+    pub fn cache(&self) -> &CacheDir {
+        &self.cache
+    }
+
+    /// Starts an engine. It returns at once; the engine loads and compiles in threads of its own.
+    pub fn start(
+        &self,
+        args: &EngineArgs,
+        plugins: Registry,
+        claim: MemoryClaim,
+        name: String,
+        model: &Model,
+    ) -> anyhow::Result<Arc<dyn Engine>> {
+        let attention_backend = Some(args.plugins.attention_backend.clone()).filter(|name| name != "auto");
+        if let Some(name) = &attention_backend {
+            check_attention(name, &plugins)?;
+        }
+        let config = EngineConfig {
+            name,
+            model: model.files.clone(),
+            plugins,
+            end_token_ids: model.end_token_ids.clone(),
+            device: self.device.clone(),
+            dtype: match args.model.dtype {
+                // Refused when the command line was checked.
+                Dtype::Auto | Dtype::Float16 => DtypeChoice::Auto,
+                Dtype::Float32 => DtypeChoice::Float32,
+                Dtype::Bfloat16 => DtypeChoice::Bfloat16,
+            },
+            attention_backend,
+            context_length: args.model.context_length,
+            memory: MemoryConfig {
+                budget: self.budget.clone(),
+                share: claim.share,
+                released_bytes: claim.released_bytes,
+                page_size: args.schedule.page_size,
+                max_total_tokens: args.schedule.max_total_tokens,
+                mem_fraction_static: args.schedule.mem_fraction_static,
+            },
+            schedule: schedule(&args.schedule),
+            random_seed: args.schedule.random_seed,
+            cache_dir: Some(self.cache.executables()),
+            watchdog_timeout: args.schedule.watchdog_timeout,
+            progress: true,
+            fail_on_token: None,
+        };
+        Ok(Arc::new(torus_engine::start(config)?))
+    }
 }
 
 fn check_attention(name: &str, plugins: &Registry) -> anyhow::Result<()> {

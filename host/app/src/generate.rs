@@ -17,20 +17,24 @@ use torus_text::{ChatInput, DetokenizeOptions, TextStream, TextStreamOptions, To
 
 use crate::{
     args::{GenerateArgs, LogLevel},
-    engine,
+    engine::{Machine, MemoryClaim},
     limits::Limits,
     logging,
     model::{self, Model},
+    plugins,
     serve::wait_until_ready,
 };
 
 pub fn run(args: &GenerateArgs, limits: &Limits) -> anyhow::Result<ExitCode> {
     logging::init(&args.log, LogLevel::Warn)?;
-    let model = Model::open(&args.engine.model)?;
+    let path = args.engine.model.only().map_err(anyhow::Error::msg)?;
+    let model = Model::open(&path, &args.engine.model)?;
     let prompt = prompt(args, &model)?;
     let request = request(args, prompt.clone())?;
-    let name = model::default_name(&args.engine.model.model_path, &model.files);
-    let engine = engine::start(&args.engine, name, &model, limits)?;
+    let name = model::default_name(&path, &model.files);
+    let machine = Machine::new(&args.engine, limits)?;
+    let plugins = plugins::registry(&args.engine.plugins, machine.cache())?;
+    let engine = machine.start(&args.engine, plugins, MemoryClaim::default(), name, &model)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let outcome = runtime.block_on(async {
         wait_until_ready(&*engine).await.map_err(anyhow::Error::msg)?;

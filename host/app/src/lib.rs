@@ -11,11 +11,13 @@
 mod args;
 mod cache_dir;
 mod check_env;
+mod ctl;
 mod engine;
 mod generate;
 mod limits;
 mod logging;
 mod model;
+mod operate;
 mod plugins;
 mod serve;
 mod version;
@@ -27,6 +29,7 @@ use clap::Parser;
 // Plugins that are linked in register themselves; naming their crates keeps the linker from leaving them out.
 use torus_attention_native as _;
 use torus_model_llama as _;
+use torus_model_qwen as _;
 
 use crate::{
     args::{Cli, Command, EngineArgs, refuse},
@@ -75,6 +78,7 @@ fn run(command: Command, limits: &Limits) -> anyhow::Result<ExitCode> {
         Command::Serve(args) => serve::run(&args, limits),
         Command::Generate(args) => generate::run(&args, limits),
         Command::Plugins(command) => plugins::run(&command),
+        Command::Ctl(args) => ctl::run(&args),
         Command::CheckEnv(args) => check_env::run(&args, limits),
         Command::Bench(bench) => torus_bench::run(bench).map(|()| ExitCode::SUCCESS),
         Command::Version => {

@@ -11,6 +11,7 @@ use torus_weights::{Checkpoint, ConsoleProgress, GgufTokenizerParts, HubOptions,
 use crate::args::ModelArgs;
 
 /// A model on this machine, and how it speaks.
+#[derive(Clone)]
 pub struct Model {
     pub files: ResolvedModel,
     pub tokenizer: Arc<Tokenizer>,
@@ -22,9 +23,9 @@ pub struct Model {
 
 impl Model {
     /// Finds the model, downloading it if need be, and reads everything but its weights.
-    pub fn open(args: &ModelArgs) -> anyhow::Result<Self> {
-        let files = ModelPath::resolve(&args.model_path, &hub_options(args), &ConsoleProgress::new())
-            .with_context(|| format!("--model-path {}", args.model_path))?;
+    pub fn open(path: &str, args: &ModelArgs) -> anyhow::Result<Self> {
+        let files = ModelPath::resolve(path, &hub_options(args), &ConsoleProgress::new())
+            .with_context(|| format!("--model-path {path}"))?;
         let checkpoint = Checkpoint::open(&files)?;
         let tokenizer_path = args.tokenizer_path.as_deref().unwrap_or_else(|| files.path());
         let tokenizer =

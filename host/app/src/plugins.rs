@@ -16,8 +16,13 @@ use crate::{
 /// The plugins that a server with these options has.
 pub fn registry(args: &PluginArgs, cache: &CacheDir) -> Result<Registry, RegistryError> {
     let mut registry = if args.no_linked_plugins { Registry::default() } else { Registry::linked()? };
-    registry.load_all(&SearchPath::of_process(args.files.clone()), &LibraryCache::new(cache.libraries()))?;
+    registry.load_all(&search_path(args), &LibraryCache::new(cache.libraries()))?;
     Ok(registry)
+}
+
+/// Where a server with these options looks for plugins, and from where it loads more while it runs.
+pub fn search_path(args: &PluginArgs) -> SearchPath {
+    SearchPath::of_process(args.files.clone(), args.folders.clone())
 }
 
 pub fn run(command: &PluginsCommand) -> anyhow::Result<ExitCode> {

@@ -8,21 +8,21 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     process::ExitCode,
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use serde_json::{Map, Value, json};
 use tokio::sync::oneshot;
 use torus_engine::api::{Engine, Readiness};
-use torus_http::{ServedModel, ServerConfig};
+use torus_http::{ModelRequest, Recipe, ServedModel, ServerConfig};
 
 use crate::{
-    args::{ChunkSize, LogLevel, ServeArgs},
-    engine,
+    args::{ChunkSize, LogLevel, ModelSpec, ServeArgs},
+    engine::Machine,
     limits::Limits,
-    logging,
-    model::{self, Model},
+    logging, model,
+    operate::Workshop,
 };
 
 /// How often the engine is asked how far it is.
@@ -32,20 +32,15 @@ pub fn run(args: &ServeArgs, limits: &Limits) -> anyhow::Result<ExitCode> {
     logging::init(&args.log, LogLevel::Info)?;
     // Before the engine, whose first measurements would be lost otherwise.
     let metrics = torus_http::install_metrics()?;
-    let mut model = Model::open(&args.engine.model)?;
-    if let Some(json) = &args.http.preferred_sampling_params {
-        model::prefer(&mut model.defaults, json)?;
-    }
-    let names = match args.http.served_model_name.as_slice() {
-        [] => vec![model::default_name(&args.engine.model.model_path, &model.files)],
-        names => names.to_vec(),
-    };
     check_address(SocketAddr::new(args.http.host, args.http.port))?;
-    let engine = engine::start(&args.engine, names[0].clone(), &model, limits)?;
-    let has_chat = model.chat_template.is_some();
-    let prompt = warm_up::prompt(args.http.skip_server_warmup, &model.tokenizer);
-    let served = served_model(args, model, names.clone(), engine.clone());
-    let config = server_config(args, served, metrics);
+    let machine = Machine::new(&args.engine, limits)?;
+    let workshop = Workshop::new(args.engine.clone(), args.http.preferred_sampling_params.clone(), machine)?;
+    let served = open_models(args, &workshop)?;
+    let first = served.first().context("--model-path: no model is given")?;
+    let (name, has_chat) = (first.names[0].clone(), first.chat_template.is_some());
+    let starting = served.iter().map(|model| Starting::new(model, args.http.skip_server_warmup)).collect();
+    let mut config = server_config(args, served, metrics);
+    config.operator = Some(Arc::new(workshop));
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(http_threads(limits)).enable_all().build()?;
     runtime.block_on(async {
@@ -53,10 +48,10 @@ pub fn run(args: &ServeArgs, limits: &Limits) -> anyhow::Result<ExitCode> {
         let server = torus_http::bind(config).await?;
         let address = server.local_addr();
         tracing::info!(%address, "listening; requests are answered once the model is ready");
-        let hint = curl(address, &names[0], has_chat, args.http.api_key.is_some());
+        let hint = curl(address, &name, has_chat, args.http.api_key.is_some());
         let (failed, failure) = oneshot::channel();
-        let announcement = tokio::spawn(announce(engine.clone(), prompt, hint, failed));
-        let reports = tokio::spawn(report::run(engine.clone(), args.decode_log_interval as u64));
+        let announcement = tokio::spawn(announce(starting, hint, failed));
+        let reports = tokio::spawn(report::run(server.models(), args.decode_log_interval as u64));
         let mut failure_message = None;
         let end = async {
             tokio::select! {
@@ -64,14 +59,13 @@ pub fn run(args: &ServeArgs, limits: &Limits) -> anyhow::Result<ExitCode> {
                 Ok(message) = failure => failure_message = Some(message),
             }
         };
+        // Returns when the engines have ended, each with the step or compilation under way.
         server.serve(end).await;
         for task in [announcement, reports] {
             task.abort();
             // That it was aborted is no news.
             let _ = task.await;
         }
-        // The engine ends with its last owner, and that waits for the step or compilation under way.
-        tokio::task::spawn_blocking(move || drop(engine)).await?;
         match failure_message {
             // The engine cannot serve: that is no orderly end.
             Some(message) => Err(anyhow::Error::msg(message)),
@@ -95,34 +89,46 @@ fn http_threads(limits: &Limits) -> usize {
     limits.cpus().clamp(1, 4)
 }
 
-fn served_model(args: &ServeArgs, model: Model, names: Vec<String>, engine: Arc<dyn Engine>) -> ServedModel {
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-    ServedModel {
-        names,
-        engine,
-        tokenizer: model.tokenizer,
-        chat_template: model.chat_template,
-        defaults: model.defaults,
-        model_path: args.engine.model.model_path.clone(),
-        tokenizer_path: args
-            .engine
-            .model
-            .tokenizer_path
-            .as_ref()
-            .map_or_else(|| args.engine.model.model_path.clone(), |path| path.display().to_string()),
-        created_s: now.map_or(0, |now| now.as_secs()),
-    }
+/// Starts all models of the command line. They load while the server already listens.
+fn open_models(args: &ServeArgs, workshop: &Workshop) -> anyhow::Result<Vec<ServedModel>> {
+    let specs = args.engine.model.specs().map_err(anyhow::Error::msg)?;
+    ensure!(
+        specs.len() == 1 || args.http.served_model_name.is_empty(),
+        "--served-model-name: with several models, give each its name as '--model NAME=PATH'"
+    );
+    let open = |spec: ModelSpec| {
+        let request = ModelRequest {
+            model_path: Some(spec.path.clone()),
+            tokenizer_path: args.engine.model.tokenizer_path.as_ref().map(|path| path.display().to_string()),
+            chat_template: args.engine.model.chat_template.clone(),
+            context_length: args.engine.model.context_length,
+            mem: spec.mem,
+            ..ModelRequest::default()
+        };
+        let recipe = Arc::new(workshop.open(&request)?);
+        let own_name = || vec![model::default_name(&spec.path, &recipe.model().files)];
+        let names = match (spec.name, args.http.served_model_name.as_slice()) {
+            (Some(name), _) => vec![name],
+            (None, []) => own_name(),
+            (None, names) => names.to_vec(),
+        };
+        let mut served = recipe.start(names, 0)?;
+        served.origin = Some((request, recipe));
+        Ok(served)
+    };
+    specs.into_iter().map(open).collect()
 }
 
 fn server_config(
     args: &ServeArgs,
-    model: ServedModel,
+    models: Vec<ServedModel>,
     metrics: metrics_exporter_prometheus::PrometheusHandle,
 ) -> ServerConfig {
-    let mut config = ServerConfig::new(vec![model], metrics);
+    let mut config = ServerConfig::new(models, metrics);
     config.host = args.http.host.to_string();
     config.port = args.http.port;
     config.api_key.clone_from(&args.http.api_key);
+    config.admin_api_key.clone_from(&args.http.admin_api_key);
     config.server_args = server_args(args);
     config.enable_cache_report = args.http.enable_cache_report;
     config.stream_interval = u32::try_from(args.http.stream_interval).unwrap_or(u32::MAX);
@@ -137,7 +143,7 @@ fn server_config(
 fn server_args(args: &ServeArgs) -> Map<String, Value> {
     let (model, schedule) = (&args.engine.model, &args.engine.schedule);
     let value = json!({
-        "model_path": model.model_path,
+        "model_path": model.specs().ok().and_then(|specs| Some(specs.first()?.path.clone())),
         "tokenizer_path": model.tokenizer_path,
         "served_model_name": args.http.served_model_name,
         "context_length": model.context_length,
@@ -170,25 +176,34 @@ fn server_args(args: &ServeArgs) -> Map<String, Value> {
     }
 }
 
-/// Waits until the engine serves, tries it, and says so; or reports why it does not.
-async fn announce(engine: Arc<dyn Engine>, warm_up: Option<Vec<u32>>, hint: String, failed: oneshot::Sender<String>) {
-    let outcome = match wait_until_ready(&*engine).await {
-        Ok(()) => match warm_up {
-            Some(prompt) => {
-                warm_up::run(&*engine, prompt).await.map_err(|error| format!("the warm-up failed: {error}"))
-            }
-            None => Ok(()),
-        },
-        Err(error) => Err(error),
-    };
-    match outcome {
-        Ok(()) => {
-            tracing::info!("ready");
-            println!("Ready. Try it:\n{hint}");
-        }
-        // The server has ended meanwhile, if nobody listens.
-        Err(message) => drop(failed.send(message)),
+/// A model that is not ready yet, and what it is tried with then.
+struct Starting {
+    engine: Arc<dyn Engine>,
+    warm_up: Option<Vec<u32>>,
+}
+
+impl Starting {
+    fn new(model: &ServedModel, skip_warm_up: bool) -> Self {
+        Self { engine: model.engine.clone(), warm_up: warm_up::prompt(skip_warm_up, &model.tokenizer) }
     }
+
+    async fn finish(self) -> Result<(), String> {
+        wait_until_ready(&*self.engine).await?;
+        let Some(prompt) = self.warm_up else { return Ok(()) };
+        warm_up::run(&*self.engine, prompt).await.map_err(|error| format!("the warm-up failed: {error}"))
+    }
+}
+
+/// Waits until all models serve, tries each, and says so; or reports why one does not.
+async fn announce(models: Vec<Starting>, hint: String, failed: oneshot::Sender<String>) {
+    for model in models {
+        if let Err(message) = model.finish().await {
+            // The server has ended meanwhile, if nobody listens.
+            return drop(failed.send(message));
+        }
+    }
+    tracing::info!("ready");
+    println!("Ready. Try it:\n{hint}");
 }
 
 /// Waits until an engine is ready. The error is why it will not be.

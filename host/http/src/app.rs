@@ -17,22 +17,22 @@ use tokio::{
     sync::Semaphore,
     task::{block_in_place, spawn_blocking},
 };
-use torus_engine::api::{AbortTarget, Engine, ModelInfo, Readiness};
-use torus_text::{ChatTemplate, Tokenizer};
+use torus_engine::api::{AbortTarget, Readiness};
 
 use crate::{
     body::BodyBudget,
-    config::{GenerationDefaults, Limits, ServedModel, ServerConfig},
+    config::{Limits, ServerConfig},
     error::ApiError,
-    metrics::ModelMetrics,
+    models::{Models, Serving},
+    operate::Operator,
 };
 
-/// Requests that name this model get the first one, as clients of SGLang expect.
-const DEFAULT_MODEL: &str = "default";
-
 pub(crate) struct App {
-    pub models: Vec<Arc<Model>>,
-    by_name: HashMap<String, usize>,
+    pub models: Models,
+    pub operator: Option<Arc<dyn Operator>>,
+    /// Held while plugins or models are changed: one change at a time.
+    pub change: Arc<tokio::sync::Mutex<()>>,
+    pub admin_api_key: Option<String>,
     pub active: Arc<ActiveRequests>,
     pub body_budget: BodyBudget,
     blocking: Arc<Semaphore>,
@@ -53,47 +53,12 @@ pub(crate) struct App {
     pub limits: Limits,
 }
 
-/// A served model.
-pub(crate) struct Model {
-    pub names: Vec<String>,
-    pub engine: Arc<dyn Engine>,
-    pub tokenizer: Arc<Tokenizer>,
-    pub chat_template: Option<Arc<ChatTemplate>>,
-    pub defaults: GenerationDefaults,
-    pub model_path: String,
-    pub tokenizer_path: String,
-    pub created_s: u64,
-    pub metrics: ModelMetrics,
-}
-
-impl Model {
-    fn new(served: ServedModel) -> Self {
-        let ServedModel { names, engine, tokenizer, chat_template, defaults, model_path, tokenizer_path, created_s } =
-            served;
-        let metrics = ModelMetrics::new(names.first().map(String::as_str).unwrap_or_default());
-        Self { names, engine, tokenizer, chat_template, defaults, model_path, tokenizer_path, created_s, metrics }
-    }
-
-    /// The name in `/v1/models`.
-    pub fn id(&self) -> &str {
-        self.names.first().map(String::as_str).unwrap_or_default()
-    }
-
-    /// Facts about the model once it serves.
-    pub fn ready_info(&self) -> Result<ModelInfo, ApiError> {
-        let readiness = self.engine.readiness();
-        match (&readiness, self.engine.info()) {
-            (Readiness::Ready, Some(info)) => Ok(info),
-            _ => Err(ApiError::unavailable(format!("the model is not ready: {}", describe(&readiness)))),
-        }
-    }
-}
-
 /// A stage in words. Why loading failed stays in the log.
 pub(crate) fn describe(readiness: &Readiness) -> String {
     match readiness {
         Readiness::Loading { done, total } => format!("loading {done} of {total}"),
         Readiness::Compiling { done, total } => format!("compiling {done} of {total}"),
+        Readiness::WaitingForMemory { .. } => "waiting for memory".to_owned(),
         Readiness::WarmingUp => "warming up".to_owned(),
         Readiness::Ready => "ready".to_owned(),
         Readiness::Failed { .. } => "failed, see the server's log".to_owned(),
@@ -103,17 +68,12 @@ pub(crate) fn describe(readiness: &Readiness) -> String {
 
 impl App {
     pub fn new(config: ServerConfig) -> Self {
-        let mut by_name = HashMap::new();
-        for (index, model) in config.models.iter().enumerate() {
-            for name in &model.names {
-                by_name.entry(name.clone()).or_insert(index);
-            }
-        }
-        by_name.entry(DEFAULT_MODEL.to_owned()).or_insert(0);
         let limits = config.limits;
         Self {
-            models: config.models.into_iter().map(|served| Arc::new(Model::new(served))).collect(),
-            by_name,
+            models: Models::new(config.models),
+            operator: config.operator,
+            change: Arc::default(),
+            admin_api_key: config.admin_api_key,
             active: Arc::default(),
             body_budget: BodyBudget::new(&limits),
             blocking: Arc::new(Semaphore::new(limits.blocking_tasks)),
@@ -130,13 +90,6 @@ impl App {
             profile_dir: config.profile_dir,
             limits,
         }
-    }
-
-    /// The model called `name`, by default the first.
-    pub fn model(&self, name: Option<&str>) -> Result<&Arc<Model>, ApiError> {
-        let name = name.unwrap_or(DEFAULT_MODEL);
-        let index = self.by_name.get(name).ok_or_else(|| ApiError::unknown_model(name))?;
-        self.models.get(*index).ok_or_else(|| ApiError::unknown_model(name))
     }
 
     /// Runs `work`, on a blocking thread if it is large. How much large work runs at once is limited.
@@ -165,7 +118,12 @@ impl App {
         if self.is_shutting_down() {
             return Readiness::ShuttingDown;
         }
-        let stages = self.models.iter().map(|model| model.engine.readiness());
+        let stages = self.models.entries().into_iter().map(|entry| match &entry.serving {
+            Serving::Model(model) => model.engine.readiness(),
+            // Its requests wait and are answered.
+            Serving::Paused => Readiness::Ready,
+            Serving::Lost(reason) => Readiness::Failed { message: reason.clone() },
+        });
         stages.into_iter().find(|stage| *stage != Readiness::Ready).unwrap_or(Readiness::Ready)
     }
 
@@ -176,17 +134,19 @@ impl App {
     /// From now on requests to the models are refused.
     pub fn begin_shutdown(&self) {
         self.is_shutting_down.store(true, Ordering::Release);
+        self.models.end_waiting();
     }
 
     /// Aborts the request that a client knows as `id`.
     pub fn abort(&self, id: &str) -> usize {
         let ids = self.active.sequences_of(id).unwrap_or_else(|| vec![id.to_owned()]);
         let targets: Vec<_> = ids.into_iter().map(AbortTarget::Id).collect();
-        self.models.iter().flat_map(|model| targets.iter().map(|target| model.engine.abort(target))).sum()
+        let models = self.models.all();
+        models.iter().flat_map(|model| targets.iter().map(|target| model.engine.abort(target))).sum()
     }
 
     pub fn abort_all(&self) -> usize {
-        self.models.iter().map(|model| model.engine.abort(&AbortTarget::All)).sum()
+        self.models.all().iter().map(|model| model.engine.abort(&AbortTarget::All)).sum()
     }
 }
 

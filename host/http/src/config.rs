@@ -7,6 +7,8 @@ use serde_json::{Map, Value};
 use torus_engine::api::Engine;
 use torus_text::{ChatTemplate, Tokenizer};
 
+use crate::operate::{ModelRequest, Operator, Recipe};
+
 /// Everything the server needs. Make it with [`ServerConfig::new`] and change what should differ.
 pub struct ServerConfig {
     pub host: String,
@@ -14,6 +16,10 @@ pub struct ServerConfig {
     pub port: u16,
     /// Clients must send `Authorization: Bearer KEY`.
     pub api_key: Option<String>,
+    /// Loads plugins and models while the server runs, for clients that send [`ServerConfig::admin_api_key`].
+    pub operator: Option<Arc<dyn Operator>>,
+    /// The operator's key, which no other request takes. Without one, plugins and models cannot be changed.
+    pub admin_api_key: Option<String>,
     /// At least one; requests that name no model get the first.
     pub models: Vec<ServedModel>,
     /// The arguments that `/get_server_info` reports. Must not contain secrets.
@@ -42,6 +48,8 @@ impl ServerConfig {
             host: "127.0.0.1".to_owned(),
             port: 30000,
             api_key: None,
+            operator: None,
+            admin_api_key: None,
             models,
             server_args: Map::new(),
             metrics,
@@ -71,6 +79,8 @@ pub struct ServedModel {
     pub tokenizer_path: String,
     /// Seconds since 1970.
     pub created_s: u64,
+    /// What it was loaded with and how to load it again; `None` for one that the server can only serve.
+    pub origin: Option<(ModelRequest, Arc<dyn Recipe>)>,
 }
 
 /// Sampling parameters that hold where a request says nothing, from the model's `generation_config.json`.

@@ -13,8 +13,9 @@ use torus_openai::{CachedTokens, Usage};
 use torus_text::DetokenizeOptions;
 
 use crate::{
-    app::{ActiveGuard, App, Model, in_place},
+    app::{ActiveGuard, App, in_place},
     error::ApiError,
+    models::Lease,
     sampling::Sampling,
     sequence::{Finish, Sequence, SequenceParts, Update},
     text::{OutputText, TextOptions},
@@ -89,7 +90,7 @@ pub(crate) struct Generation {
 
 impl Generation {
     /// Hands all sequences to the engine, or none.
-    pub fn submit(app: &App, model: &Arc<Model>, plan: Plan) -> Result<Self, ApiError> {
+    pub fn submit(app: &App, model: &Arc<Lease>, plan: Plan) -> Result<Self, ApiError> {
         if app.is_shutting_down() {
             return Err(ApiError::unavailable("the server is shutting down"));
         }

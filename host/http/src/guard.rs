@@ -71,22 +71,45 @@ fn request_id(headers: &HeaderMap) -> HeaderValue {
 pub(crate) async fn authorize(State(app): State<Arc<App>>, request: Request, next: Next) -> Result<Response, ApiError> {
     if let Some(key) = &app.api_key
         && !is_open(request.method(), request.uri().path())
+        && !is_for_administrators(request.uri().path())
     {
-        let given = request.headers().get(header::AUTHORIZATION).and_then(|value| bearer_token(value.as_bytes()));
-        match given {
-            None => return Err(ApiError::unauthorized("No API key was given; send it as 'Authorization: Bearer KEY'")),
-            Some(given) if !bool::from(given.ct_eq(key.as_bytes())) => {
-                return Err(ApiError::unauthorized("Incorrect API key"));
-            }
-            Some(_) => {}
-        }
+        check_key(&request, key)?;
     }
     Ok(next.run(request).await)
+}
+
+/// Requires the administrator's key. Without one set there are no administrators.
+pub(crate) async fn administrators(
+    State(app): State<Arc<App>>,
+    request: Request,
+    next: Next,
+) -> Result<Response, ApiError> {
+    let Some(key) = &app.admin_api_key else {
+        let message = "plugins and models can be changed only if the server is started with --admin-api-key KEY";
+        return Err(ApiError::new(StatusCode::FORBIDDEN, message));
+    };
+    check_key(&request, key)?;
+    Ok(next.run(request).await)
+}
+
+fn check_key(request: &Request, key: &str) -> Result<(), ApiError> {
+    let given = request.headers().get(header::AUTHORIZATION).and_then(|value| bearer_token(value.as_bytes()));
+    match given {
+        None => Err(ApiError::unauthorized("No API key was given; send it as 'Authorization: Bearer KEY'")),
+        Some(given) if !bool::from(given.ct_eq(key.as_bytes())) => Err(ApiError::unauthorized("Incorrect API key")),
+        Some(_) => Ok(()),
+    }
 }
 
 fn is_open(method: &Method, path: &str) -> bool {
     const OPEN: [&str; 6] = ["/health", "/health_generate", "/livez", "/readyz", "/metrics", "/ping"];
     *method == Method::OPTIONS || OPEN.contains(&path)
+}
+
+/// Paths that take the administrator's key instead ([`administrators`]).
+fn is_for_administrators(path: &str) -> bool {
+    const PATHS: [&str; 4] = ["/v1/plugins", "/v1/models/load", "/v1/models/swap", "/v1/models/unload"];
+    PATHS.contains(&path)
 }
 
 fn bearer_token(value: &[u8]) -> Option<&[u8]> {
@@ -153,6 +176,7 @@ mod tests {
         assert!(is_open(&Method::OPTIONS, "/v1/completions"));
         assert!(!is_open(&Method::GET, "/healthy"));
         assert!(!is_open(&Method::GET, "/get_server_info"));
+        assert!(!is_for_administrators("/v1/models") && is_for_administrators("/v1/models/swap"));
     }
 
     #[test]

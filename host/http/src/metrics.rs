@@ -7,7 +7,7 @@ use std::sync::{Mutex, PoisonError};
 use metrics::{Counter, Histogram, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
 
-use crate::app::Model;
+use crate::models::Model;
 
 const TIME_TO_FIRST_TOKEN: &str = "sglang:time_to_first_token_seconds";
 const INTER_TOKEN_LATENCY: &str = "sglang:inter_token_latency_seconds";
@@ -100,10 +100,9 @@ pub(crate) fn count_response(route: &str, status: u16) {
     counter!(RESPONSES, "route" => route.to_owned(), "status" => status.to_string()).increment(1);
 }
 
-/// Takes over what the engine of `model` counts.
+/// Takes over what the engine of the model behind a name counts.
 pub(crate) fn update_from_engine(model: &Model) {
     let stats = model.engine.stats();
-    let name = || model.id().to_owned();
     let ratio = |part: u64, whole: u64| if whole == 0 { 0.0 } else { part as f64 / whole as f64 };
     let page_size = model.engine.info().map_or(0, |info| info.page_size);
     let gauges = [
@@ -116,18 +115,27 @@ pub(crate) fn update_from_engine(model: &Model) {
         ("torus:padding_ratio", stats.padding_ratio),
     ];
     for (metric, value) in gauges {
-        gauge!(metric, "model_name" => name()).set(value);
+        gauge!(metric, "model_name" => model.label.clone()).set(value);
     }
+    count_engine(model);
+}
+
+/// Adds what an engine has counted since the last time. Generations of one name share its counters.
+pub(crate) fn count_engine(model: &Model) {
+    let now = model.engine.stats();
+    let mut counted = model.counted.lock().unwrap_or_else(PoisonError::into_inner);
     let counters = [
-        ("sglang:prompt_tokens_total", stats.prompt_tokens),
-        ("sglang:cached_tokens_total", stats.cached_prompt_tokens),
-        ("sglang:generation_tokens_total", stats.generated_tokens),
-        ("torus:steps_total", stats.steps),
-        ("torus:failed_steps_total", stats.failed_steps),
-        ("torus:retractions_total", stats.retractions),
+        ("sglang:prompt_tokens_total", counted.prompt_tokens, now.prompt_tokens),
+        ("sglang:cached_tokens_total", counted.cached_prompt_tokens, now.cached_prompt_tokens),
+        ("sglang:generation_tokens_total", counted.generated_tokens, now.generated_tokens),
+        ("torus:steps_total", counted.steps, now.steps),
+        ("torus:failed_steps_total", counted.failed_steps, now.failed_steps),
+        ("torus:retractions_total", counted.retractions, now.retractions),
     ];
-    for (metric, value) in counters {
-        counter!(metric, "model_name" => name()).absolute(value);
+    for (metric, before, now) in counters {
+        counter!(metric, "model_name" => model.label.clone()).increment(now.saturating_sub(before));
     }
-    counter!("torus:compiles", "model_name" => name(), "phase" => "serving").absolute(stats.serving_compiles);
+    let compiles = now.serving_compiles.saturating_sub(counted.serving_compiles);
+    counter!("torus:compiles", "model_name" => model.label.clone(), "phase" => "serving").increment(compiles);
+    *counted = now;
 }

@@ -7,10 +7,7 @@ use torus_engine::api::ModelInfo;
 use torus_openai::BoundedJson;
 use torus_text::{ChatInput, ChatTemplate, Tokenizer};
 
-use crate::{
-    app::{App, Model},
-    error::ApiError,
-};
+use crate::{app::App, error::ApiError, models::Model};
 
 /// Longer texts are tokenized on a blocking thread; shorter ones take well under a millisecond.
 const INLINE_BYTES: usize = 2 << 10;

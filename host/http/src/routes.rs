@@ -6,6 +6,7 @@ mod completions;
 mod generate;
 mod health;
 mod info;
+mod operate;
 
 use std::{
     ops::Range,
@@ -21,11 +22,10 @@ use axum::{
 };
 use uuid::Uuid;
 
-use crate::{
-    app::{App, Model},
-    error::ApiError,
-    guard,
-};
+pub(crate) use admin::blocking;
+pub(crate) use health::computes;
+
+use crate::{app::App, error::ApiError, guard, models::Lease};
 
 /// Longest id that a client may give a request.
 const MAX_RID_BYTES: usize = 128;
@@ -41,6 +41,7 @@ pub(crate) fn router(app: &Arc<App>) -> Router<Arc<App>> {
     Router::new()
         .merge(for_models)
         .route("/v1/models", get(info::list_models))
+        .merge(operate::router(app))
         .route("/v1/models/{*id}", get(info::get_model))
         .route("/get_model_info", get(info::model_info))
         .route("/get_server_info", get(info::server_info))
@@ -82,7 +83,7 @@ impl AnswerHead {
         object: &'static str,
         rid: Option<&str>,
         requested_model: Option<String>,
-        model: &Model,
+        model: &Lease,
     ) -> Result<Self, ApiError> {
         let id = match rid {
             None => format!("{prefix}{}", Uuid::new_v4().simple()),

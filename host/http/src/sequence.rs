@@ -11,14 +11,14 @@ use futures::Stream;
 use torus_engine::api::{Abort, Event, EventStream, FinishReason, TokenLogprob};
 use torus_openai::Matched;
 
-use crate::{app::Model, text::OutputText};
+use crate::{models::Lease, text::OutputText};
 
 /// After this many events others have their turn.
 const EVENTS_PER_POLL: usize = 64;
 
 /// A stream of [`Update`]s that ends after one with a `finish`. Dropping it aborts the sequence.
 pub(crate) struct Sequence {
-    model: Arc<Model>,
+    model: Arc<Lease>,
     /// `None` once the sequence has ended.
     events: Option<EventStream>,
     text: OutputText,
@@ -117,7 +117,7 @@ struct Clock {
 /// What a [`Sequence`] is made of beside its events.
 pub(crate) struct SequenceParts {
     pub index: usize,
-    pub model: Arc<Model>,
+    pub model: Arc<Lease>,
     pub text: OutputText,
     pub is_prompt_only: bool,
     pub tokens_per_update: usize,

@@ -14,9 +14,10 @@ use tokio::{
     task::JoinSet,
     time::{interval, sleep, timeout},
 };
+use torus_engine::api::EngineStats;
 use tower_http::cors::{AllowOrigin, Any, CorsLayer};
 
-use crate::{app::App, config::ServerConfig, guard, routes};
+use crate::{app::App, config::ServerConfig, guard, models::Entry, routes};
 
 /// How often the recorder of metrics is asked to tidy up, whether or not anyone reads them.
 const METRICS_UPKEEP_INTERVAL: Duration = Duration::from_secs(5);
@@ -38,6 +39,12 @@ pub enum ServeError {
     DuplicateModelName(String),
     #[error("the API key must not be empty; remove --api-key to serve without one")]
     EmptyApiKey,
+    #[error(
+        "the administrator's key must not be empty; remove --admin-api-key if nobody is to change plugins and models"
+    )]
+    EmptyAdminApiKey,
+    #[error("the administrator's key must be another than the clients' --api-key")]
+    SameKeys,
     #[error("{0} is not an origin that a browser could send")]
     InvalidOrigin(String),
     #[error("cannot listen on {address}: {source}")]
@@ -88,6 +95,12 @@ fn check(config: &ServerConfig) -> Result<(), ServeError> {
     if config.api_key.as_deref() == Some("") {
         return Err(ServeError::EmptyApiKey);
     }
+    if config.admin_api_key.as_deref() == Some("") {
+        return Err(ServeError::EmptyAdminApiKey);
+    }
+    if config.api_key.is_some() && config.api_key == config.admin_api_key {
+        return Err(ServeError::SameKeys);
+    }
     Ok(())
 }
 
@@ -111,8 +124,14 @@ impl BoundServer {
         self.local_addr
     }
 
+    /// What there is to see of the models, also after [`BoundServer::serve`] has taken the server.
+    pub fn models(&self) -> ServingModels {
+        ServingModels(Arc::clone(&self.app))
+    }
+
     /// Serves until `shutdown` is done. Then no connection and no request to a model is accepted any more; those in
-    /// progress may finish within [`Limits::shutdown_grace`](crate::Limits::shutdown_grace) and are then aborted.
+    /// progress may finish within [`Limits::shutdown_grace`](crate::Limits::shutdown_grace) and are then aborted. Returns
+    /// when the engines have ended.
     pub async fn serve(self, shutdown: impl Future<Output = ()>) {
         let Self { listener, app, router, .. } = self;
         let upkeep = tokio::spawn(keep_metrics(Arc::clone(&app)));
@@ -134,6 +153,35 @@ impl BoundServer {
         finish(&app, graceful).await;
         connections.shutdown().await;
         upkeep.abort();
+        // That it was aborted is no news. It holds the models until then.
+        let _ = upkeep.await;
+        app.models.end().await;
+    }
+}
+
+/// The models of a server, as they come and go.
+pub struct ServingModels(Arc<App>);
+
+/// What an engine counts, and whose it is.
+pub struct ModelStats {
+    pub name: String,
+    /// Different for each generation of a model.
+    pub generation: u64,
+    /// Tokens in a page; 0 until the model is loaded.
+    pub page_size: usize,
+    pub stats: EngineStats,
+}
+
+impl ServingModels {
+    pub fn stats(&self) -> Vec<ModelStats> {
+        let entries = self.0.models.entries();
+        let of = |entry: &Entry| {
+            let model = entry.model()?;
+            let page_size = model.engine.info().map_or(0, |info| info.page_size);
+            let name = entry.id().to_owned();
+            Some(ModelStats { name, generation: model.generation, page_size, stats: model.engine.stats() })
+        };
+        entries.iter().filter_map(of).collect()
     }
 }
 

@@ -8,8 +8,8 @@ use std::{
 
 use crate::LoadError;
 
-/// Where to look, in this order: files named on the command line, the folders of `TORUS_PLUGIN_PATH`, and the folder
-/// `plugins` beside the binary.
+/// Where to look, in this order: files and folders named on the command line, the folders of `TORUS_PLUGIN_PATH`, and
+/// the folder `plugins` beside the binary.
 #[derive(Clone, Debug, Default)]
 pub struct SearchPath {
     /// `--plugin FILE`: must exist.
@@ -19,11 +19,11 @@ pub struct SearchPath {
 }
 
 impl SearchPath {
-    /// The search path of this process: `files`, `TORUS_PLUGIN_PATH` (separated by `:`), and `plugins` beside the
-    /// running binary.
-    pub fn of_process(files: Vec<PathBuf>) -> Self {
+    /// The search path of this process: `files`, `folders`, `TORUS_PLUGIN_PATH` (separated by `:`), and `plugins` beside
+    /// the running binary.
+    pub fn of_process(files: Vec<PathBuf>, mut folders: Vec<PathBuf>) -> Self {
         let listed = std::env::var_os("TORUS_PLUGIN_PATH");
-        let mut folders: Vec<PathBuf> = listed.iter().flat_map(std::env::split_paths).collect();
+        folders.extend(listed.iter().flat_map(std::env::split_paths));
         folders.retain(|folder| !folder.as_os_str().is_empty());
         if let Some(beside) = std::env::current_exe().ok().as_deref().and_then(Path::parent) {
             folders.push(beside.join("plugins"));

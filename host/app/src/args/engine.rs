@@ -2,7 +2,10 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use super::values::{ChunkSize, Device, Dtype, Policy, chunk_size, fraction, positive, seconds};
+use super::{
+    models::{ModelSpec, model_spec},
+    values::{ChunkSize, Device, Dtype, Policy, chunk_size, fraction, positive, seconds},
+};
 
 #[derive(Clone, Debug, clap::Args)]
 pub struct EngineArgs {
@@ -24,8 +27,12 @@ pub struct EngineArgs {
 #[command(next_help_heading = "Model")]
 pub struct ModelArgs {
     /// A folder with a Hugging Face checkpoint, a .gguf file, or the id of a model on the hub
-    #[arg(long, alias = "model", value_name = "PATH")]
-    pub model_path: String,
+    #[arg(long, value_name = "PATH", required_unless_present = "models")]
+    pub model_path: Option<String>,
+    /// The same, with the name it is served under and its share of the memory; given several times, several models are
+    /// served, each with an equal share of what the others leave
+    #[arg(long = "model", value_name = "[NAME=]PATH[,mem=0..1]", value_parser = model_spec, conflicts_with = "model_path")]
+    pub models: Vec<ModelSpec>,
     /// Folder or file of the tokenizer, if it is not the model's
     #[arg(long, value_name = "PATH")]
     pub tokenizer_path: Option<PathBuf>,
@@ -122,6 +129,10 @@ pub struct PluginArgs {
     /// given several times
     #[arg(long = "plugin", value_name = "FILE")]
     pub files: Vec<PathBuf>,
+    /// Folder from which administrators may load plugins while the server runs; its plugins are loaded at the start too.
+    /// May be given several times
+    #[arg(long = "plugin-dir", value_name = "FOLDER")]
+    pub folders: Vec<PathBuf>,
     /// Use only plugins loaded from files, not those built in
     #[arg(long)]
     pub no_linked_plugins: bool,

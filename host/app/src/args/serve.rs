@@ -35,6 +35,9 @@ pub struct HttpArgs {
     /// Key that clients must send as 'Authorization: Bearer KEY'
     #[arg(long, value_name = "KEY", env = "TORUS_API_KEY", hide_env_values = true)]
     pub api_key: Option<String>,
+    /// Key that administrators must send to load plugins and to load, swap and unload models; without one, nobody can
+    #[arg(long, value_name = "KEY", env = "TORUS_ADMIN_API_KEY", hide_env_values = true)]
+    pub admin_api_key: Option<String>,
     /// Name of the model for clients; may be given several times, the first is the one in answers [default: the name
     /// in --model-path]
     #[arg(long, value_name = "NAME")]

@@ -1,21 +1,26 @@
 //! The periodic line in the log that says how busy a server is.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashMap, time::Duration};
 
-use torus_engine::api::{Engine, EngineStats};
+use torus_engine::api::EngineStats;
+use torus_http::ServingModels;
 
 /// At most one line in this time.
 const INTERVAL: Duration = Duration::from_secs(1);
 
-/// Writes a line after every `steps` steps while the server is busy.
-pub async fn run(engine: Arc<dyn Engine>, steps: u64) {
+/// Writes a line after every `steps` steps of a model while it is busy.
+pub async fn run(models: ServingModels, steps: u64) {
     let mut ticks = tokio::time::interval(INTERVAL);
-    let mut reporter = Reporter::new(steps);
+    let mut reporters: HashMap<u64, Reporter> = HashMap::new();
     loop {
         ticks.tick().await;
-        let page_size = engine.info().map_or(0, |info| info.page_size);
-        if let Some(line) = reporter.line(&engine.stats(), page_size) {
-            tracing::info!("{line}");
+        let models = models.stats();
+        reporters.retain(|generation, _| models.iter().any(|model| model.generation == *generation));
+        for model in &models {
+            let reporter = reporters.entry(model.generation).or_insert_with(|| Reporter::new(steps));
+            if let Some(line) = reporter.line(&model.stats, model.page_size) {
+                tracing::info!(model = model.name, "{line}");
+            }
         }
     }
 }

@@ -18,7 +18,7 @@ use torus_openai::{Ignored, Unsupported};
 use crate::{app::App, body, error::ApiError};
 
 /// Waits for engines off the asynchronous threads.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, ApiError> {
+pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, ApiError> {
     spawn_blocking(work).await.map_err(|error| {
         tracing::error!(%error, "a task failed");
         ApiError::internal()
@@ -26,7 +26,9 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) 
 }
 
 pub(crate) async fn flush_cache(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
-    let flush = move || app.models.iter().map(|model| model.engine.flush_cache()).sum::<Result<usize, FlushRefused>>();
+    let flush = move || {
+        app.models.serving().iter().map(|model| model.engine.flush_cache()).sum::<Result<usize, FlushRefused>>()
+    };
     let (status, result) = match blocking(flush).await? {
         Ok(pages) => (StatusCode::OK, format!("Flushed items: {pages}\n")),
         Err(FlushRefused { waiting, running }) => {
@@ -99,14 +101,15 @@ pub(crate) async fn start_profile(State(app): State<Arc<App>>, request: Request)
     let folder = app.profile_dir.join(folder);
     let start = move || {
         let folder = folder.to_str();
-        app.models.iter().try_for_each(|model| model.engine.start_profile(folder))
+        app.models.serving().iter().try_for_each(|model| model.engine.start_profile(folder))
     };
     blocking(start).await?.map_err(profile_error)?;
     Ok("Start profiling.\n".into_response())
 }
 
 pub(crate) async fn stop_profile(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
-    let stop = move || app.models.iter().map(|model| model.engine.stop_profile()).collect::<Result<Vec<_>, _>>();
+    let stop =
+        move || app.models.serving().iter().map(|model| model.engine.stop_profile()).collect::<Result<Vec<_>, _>>();
     let files = blocking(stop).await?.map_err(profile_error)?;
     let mut text = "Stop profiling. This will take some time.\n".to_owned();
     for file in files {

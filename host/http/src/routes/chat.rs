@@ -15,11 +15,12 @@ use torus_openai::{
 
 use super::{AnswerHead, tokens_per_update};
 use crate::{
-    app::{App, Model},
+    app::App,
     body,
     error::ApiError,
     generation::{self, Generation, Plan, PromptPlan},
     logprobs,
+    models::{Lease, Model},
     prompt::Chat,
     sampling::{Api, Sampling},
     sequence::{Finish, OutputToken, Update},
@@ -29,7 +30,7 @@ use crate::{
 
 pub(crate) async fn create(State(app): State<Arc<App>>, request: Request) -> Result<Response, ApiError> {
     let (mut request, body_permit) = body::read_json::<ChatRequest>(&app, request).await?;
-    let model = Arc::clone(app.model(request.model.as_deref())?);
+    let model = app.models.lease(request.model.as_deref()).await?;
     let head = AnswerHead::new("chatcmpl-", "chat.completion", request.rid.as_deref(), request.model.take(), &model)?;
     let is_stream = request.stream.unwrap_or(false);
     let stream_options = request.stream_options.take().unwrap_or_default();
@@ -127,7 +128,7 @@ fn choice(model: &Model, with_logprobs: bool, result: Update) -> ChatChoice {
 /// Writes the chunks of a streamed chat.
 struct ChatEncoder {
     head: AnswerHead,
-    model: Arc<Model>,
+    model: Arc<Lease>,
     with_logprobs: bool,
     include_usage: bool,
     with_cached: bool,

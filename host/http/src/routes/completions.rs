@@ -17,11 +17,13 @@ use torus_openai::{
 
 use super::{AnswerHead, tokens_per_update};
 use crate::{
-    app::{App, Model, in_place},
+    app::{App, in_place},
     body,
     error::ApiError,
     generation::{self, Generation, Plan, PromptPlan},
-    logprobs, prompt,
+    logprobs,
+    models::{Lease, Model},
+    prompt,
     sampling::{Api, Sampling},
     sequence::{Finish, OutputToken, Update},
     sse::{self, Encoder, write_event},
@@ -33,7 +35,7 @@ const INLINE_TOKENS: usize = 8192;
 
 pub(crate) async fn create(State(app): State<Arc<App>>, request: Request) -> Result<Response, ApiError> {
     let (mut request, body_permit) = body::read_json::<CompletionRequest>(&app, request).await?;
-    let model = Arc::clone(app.model(request.model.as_deref())?);
+    let model = app.models.lease(request.model.as_deref()).await?;
     let head = AnswerHead::new("cmpl-", "text_completion", request.rid.as_deref(), request.model.take(), &model)?;
     let is_stream = request.stream.unwrap_or(false);
     let stream_options = request.stream_options.take().unwrap_or_default();
@@ -148,7 +150,7 @@ fn decode(model: &Model, plans: &[PromptPlan]) -> Vec<String> {
 
 /// What complete and streamed answers are written with.
 struct CompletionWriter {
-    model: Arc<Model>,
+    model: Arc<Lease>,
     with_logprobs: bool,
     /// Choices per prompt.
     n: usize,

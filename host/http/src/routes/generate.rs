@@ -16,11 +16,13 @@ use uuid::Uuid;
 
 use super::{tokens_per_update, validate_rid};
 use crate::{
-    app::{App, Model},
+    app::App,
     body,
     error::ApiError,
     generation::{self, Generation, Plan, PromptPlan},
-    logprobs, prompt,
+    logprobs,
+    models::{Lease, Model},
+    prompt,
     sampling::{Api, Sampling},
     sequence::{Finish, Update},
     sse::{self, Encoder},
@@ -29,7 +31,7 @@ use crate::{
 
 pub(crate) async fn create(State(app): State<Arc<App>>, request: Request) -> Result<Response, ApiError> {
     let (request, body_permit) = body::read_json::<GenerateRequest>(&app, request).await?;
-    let model = Arc::clone(app.model(request.model.as_deref())?);
+    let model = app.models.lease(request.model.as_deref()).await?;
     let is_stream = request.stream.unwrap_or(false);
     let is_incremental = request.stream_output.unwrap_or(app.stream_output);
     let with_text = request.return_text_in_logprobs.unwrap_or(true);
@@ -249,7 +251,7 @@ fn outputs(plan: &Plan, shape: &Shape) -> Vec<Output> {
 
 /// Writes complete and streamed outputs.
 struct GenerateWriter {
-    model: Arc<Model>,
+    model: Arc<Lease>,
     /// By sequence.
     outputs: Vec<Output>,
     /// Logprobs tell the tokens' text.

@@ -18,8 +18,9 @@ use torus_engine::api::{Event, FinishReason, GenerateRequest, Readiness, Samplin
 use uuid::Uuid;
 
 use crate::{
-    app::{App, Model, describe},
+    app::{App, describe},
     error::ApiError,
+    models::Model,
 };
 
 /// How long `/health_generate` waits for a token.
@@ -63,7 +64,7 @@ pub(crate) async fn generate(State(app): State<Arc<App>>) -> Result<StatusCode, 
     let too_late = || ApiError::unavailable("the model did not compute anything in time");
     let wait = deadline.saturating_duration_since(Instant::now());
     let _turn = timeout(wait, app.health_probe.lock()).await.map_err(|_| too_late())?;
-    for model in &app.models {
+    for model in &app.models.serving() {
         model.ready_info()?;
         if !computes(model, deadline).await? {
             return Err(too_late());
@@ -72,7 +73,8 @@ pub(crate) async fn generate(State(app): State<Arc<App>>) -> Result<StatusCode, 
     Ok(StatusCode::OK)
 }
 
-async fn computes(model: &Model, deadline: Instant) -> Result<bool, ApiError> {
+/// Whether an engine generates a token, or does steps of other requests meanwhile.
+pub(crate) async fn computes(model: &Model, deadline: Instant) -> Result<bool, ApiError> {
     let steps = model.engine.stats().steps;
     let mut events = match model.engine.submit(probe(deadline)) {
         Ok(events) => Some(events),

@@ -79,6 +79,8 @@ impl MockEngine {
             weight_bytes: 0,
             dtype: "float32".into(),
             attention_backend: "native".into(),
+            model_plugin: "test 0.1.0".into(),
+            reserved_bytes: 0,
             device: "cpu".into(),
             end_token_ids: vec![IM_END],
         };

@@ -122,6 +122,7 @@ pub fn served(engine: &Arc<MockEngine>, names: &[&str]) -> ServedModel {
         model_path: "/models/mock".into(),
         tokenizer_path: "/models/mock".into(),
         created_s: 1_700_000_000,
+        origin: None,
     }
 }
 

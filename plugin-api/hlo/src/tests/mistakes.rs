@@ -1,6 +1,14 @@
 //! The first mistake is reported with its place; nothing panics, nothing else is reported.
 
-use crate::{Axis, BuildError, Builder, Callee, DType, Func, Order, Shape, Value, axes::*};
+use std::collections::BTreeMap;
+
+use torus_abi::{
+    TensorType,
+    fragment::WeightHandle,
+    model::{EmitModel, ModelPart, WeightSpec},
+};
+
+use crate::{Axis, BuildError, Builder, Callee, DType, Func, ModelWeights, Order, Shape, Value, axes::*};
 
 fn mistake(body: impl for<'f> FnOnce(&'f Func<'f>) -> Vec<Value<'f>>) -> BuildError {
     let builder = Builder::new("t");
@@ -157,4 +165,31 @@ fn scatter_and_slices_check_their_updates() {
     assert_eq!(error.reason, "the updates are not f32[n=3, hidden=4]");
     let error = mistake(|f| vec![x(f).dynamic_slice(&[(HIDDEN, f.scalar(DType::F32, 0), 2)])]);
     assert_eq!(error.reason, "a start is f32[], not an i32 scalar");
+}
+
+#[test]
+fn a_request_that_does_not_fit_the_model_is_refused_and_weights_have_their_listed_names() {
+    let specs = || vec![WeightSpec::vector("weight", "norm", &[("model.norm".into(), 4)])];
+    let handle = WeightHandle { parts: vec![TensorType::new(DType::F32, [4])], storage: "dense-f32".into() };
+    let mut request = EmitModel {
+        part: ModelPart::Head { rows: 1 },
+        dtype: DType::F32,
+        weights: BTreeMap::from([("norm".to_owned(), handle)]),
+        state: Vec::new(),
+    };
+    let weights = ModelWeights::new(&request, specs(), 0).unwrap();
+    assert_eq!(
+        mistake(|f| vec![f.vector(&weights.declare(f, "nrom"), HIDDEN)]).reason,
+        "the model lists no weight 'nrom'"
+    );
+    let builder = Builder::new("t");
+    builder.function("f", |f| vec![f.vector(&weights.declare(f, "norm"), HIDDEN)]);
+    assert!(builder.finish().is_ok());
+
+    let refused = |request: &EmitModel, kinds| ModelWeights::new(request, specs(), kinds).err().unwrap().message;
+    assert_eq!(refused(&request, 2), "the model has 2 kinds of layers, the request 0");
+    request.weights.clear();
+    assert_eq!(refused(&request, 0), "the request has no handle for the weight 'norm'");
+    request.dtype = DType::F16;
+    assert_eq!(refused(&request, 0), "activations of f16 are not implemented");
 }

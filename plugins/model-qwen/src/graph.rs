@@ -1,0 +1,173 @@
+//! The forward pass.
+
+use torus_abi::{
+    DType,
+    fault::Fault,
+    fragment::{Fragment, LinearRole, Operand},
+    model::{EmitModel, ModelPart, StateHandle},
+    step::StepShape,
+};
+use torus_hlo::{
+    AttentionBlock, Builder, Func, GatedMlp, Linear, ModelWeights, Shape, Value, Weight,
+    axes::{HEAD_DIM, HIDDEN, Q_HEADS, QKV, ROWS, TOKENS, VOCAB},
+};
+
+use crate::{config::Config, weights};
+
+#[cfg(test)]
+mod tests;
+
+pub fn emit(config: &Config, request: &EmitModel) -> Result<Fragment, Fault> {
+    let weights = ModelWeights::new(request, weights::weights(config), 1)?;
+    let graph = Graph { config, request, weights };
+    match &request.part {
+        ModelPart::Hidden { shape, capture } => graph.hidden(shape, capture),
+        ModelPart::Head { rows } => graph.head(*rows),
+    }
+}
+
+struct Graph<'a> {
+    config: &'a Config,
+    request: &'a EmitModel,
+    weights: ModelWeights<'a>,
+}
+
+/// The weights of one layer.
+struct Layer<'f> {
+    attention_norm: Weight<'f>,
+    qkv: Weight<'f>,
+    qkv_bias: Option<Weight<'f>>,
+    q_norm: Option<Weight<'f>>,
+    k_norm: Option<Weight<'f>>,
+    o: Weight<'f>,
+    o_bias: Option<Weight<'f>>,
+    mlp_norm: Weight<'f>,
+    gate_up: Weight<'f>,
+    down: Weight<'f>,
+}
+
+impl Graph<'_> {
+    fn layer<'f>(&self, f: &'f Func<'f>, index: usize) -> Layer<'f> {
+        let weight = |name: &str| self.weights.declare(f, &format!("layers.{index}.{name}"));
+        let weight_if = |has: bool, name: &str| has.then(|| weight(name));
+        let qk_norm = self.config.qk_norm();
+        Layer {
+            attention_norm: weight("attention_norm"),
+            qkv: weight("qkv"),
+            qkv_bias: weight_if(self.config.qkv_bias, "qkv_bias"),
+            q_norm: weight_if(qk_norm, "q_norm"),
+            k_norm: weight_if(qk_norm, "k_norm"),
+            o: weight("o"),
+            o_bias: weight_if(self.config.o_bias, "o_bias"),
+            mlp_norm: weight("mlp_norm"),
+            gate_up: weight("gate_up"),
+            down: weight("down"),
+        }
+    }
+
+    fn hidden(&self, shape: &StepShape, capture: &[usize]) -> Result<Fragment, Fault> {
+        // The parts of one program are linked together, so their symbols must differ.
+        let builder = Builder::new("qwen_hidden");
+        builder.export("hidden", |f| {
+            let tokens = f.input(Operand::Tokens, Shape::new(DType::I32, [(TOKENS, shape.tokens)]));
+            let positions = f.input(Operand::Positions, Shape::new(DType::I32, [(TOKENS, shape.tokens)]));
+            let state = &self.request.state[0];
+            let context = f.context(0, state);
+            let mut x = f.embed(tokens, &self.weights.declare(f, "embed"), HIDDEN, self.request.dtype);
+            let (cos, sin) = f.rotary_tables(positions, &self.config.rope);
+            let mut results = Vec::new();
+            for index in 0..self.config.layers {
+                let (next, pool) = self.apply_layer(f, index, x, state, &context, [cos, sin]);
+                x = next;
+                let part = |(part, value)| (Operand::Pool { layer: index, part }, value);
+                results.extend(pool.into_iter().enumerate().map(part));
+                if capture.contains(&index) {
+                    results.push((Operand::Captured { layer: index }, x));
+                }
+            }
+            let norm = f.vector(&self.weights.declare(f, "norm"), HIDDEN);
+            results.push((Operand::Hidden, x.rms_norm(HIDDEN, norm, self.config.norm_eps)));
+            results
+        });
+        Ok(builder.finish()?)
+    }
+
+    /// Calls the function of the layer's types: layers of equal types share one.
+    fn apply_layer<'f>(
+        &self,
+        f: &'f Func<'f>,
+        index: usize,
+        x: Value<'f>,
+        state: &StateHandle,
+        context: &Vec<Value<'f>>,
+        rotary: [Value<'f>; 2],
+    ) -> (Value<'f>, Vec<Value<'f>>) {
+        let (layer, pool) = (self.layer(f, index), f.pool(index, state));
+        let mut results = f.outline("layer", |g| {
+            let x = g.pass(&x);
+            let [cos, sin] = rotary.map(|table| g.pass(&table));
+            let block = AttentionBlock {
+                norm: g.pass(&layer.attention_norm),
+                qkv: g.pass(&layer.qkv),
+                qkv_bias: g.pass(&layer.qkv_bias),
+                o: g.pass(&layer.o),
+                cos,
+                sin,
+                pool: g.pass(&pool),
+                context: g.pass(context),
+                kind: 0,
+                heads: self.config.heads,
+                norm_eps: self.config.norm_eps,
+            };
+            let (x, pool) = match (g.pass(&layer.q_norm), g.pass(&layer.k_norm)) {
+                (Some(q_norm), Some(k_norm)) => {
+                    normed_attention(g, x, &block, [q_norm, k_norm], g.pass(&layer.o_bias).as_ref())
+                }
+                _ => g.attention_block(x, &block),
+            };
+            let mlp = GatedMlp {
+                norm: g.pass(&layer.mlp_norm),
+                gate_up: g.pass(&layer.gate_up),
+                down: g.pass(&layer.down),
+                activation: self.config.activation,
+                norm_eps: self.config.norm_eps,
+            };
+            let x = x.gated_mlp(&mlp);
+            [vec![x], pool].concat()
+        });
+        let pool = results.split_off(1);
+        (results[0], pool)
+    }
+
+    fn head(&self, rows: u64) -> Result<Fragment, Fault> {
+        let builder = Builder::new("qwen_head");
+        builder.export("head", |f| {
+            let shape = Shape::new(self.request.dtype, [(ROWS, rows), (HIDDEN, self.config.hidden)]);
+            let x = f.input(Operand::Hidden, shape);
+            let weight = self.weights.declare(f, if self.config.tied { "embed" } else { "head" });
+            let logits = x.linear(&weight, Linear::new(LinearRole::Head, HIDDEN, VOCAB).result(DType::F32));
+            vec![(Operand::Logits, logits)]
+        });
+        Ok(builder.finish()?)
+    }
+}
+
+/// The attention block with normalized heads, and a bias on its output, which the import does not have.
+fn normed_attention<'g>(
+    g: &'g Func<'g>,
+    x: Value<'g>,
+    block: &AttentionBlock<'g>,
+    [q_norm, k_norm]: [Weight<'g>; 2],
+    o_bias: Option<&Weight<'g>>,
+) -> (Value<'g>, Vec<Value<'g>>) {
+    let normed = x.rms_norm(HIDDEN, g.vector(&block.norm, HIDDEN), block.norm_eps);
+    let joint = normed.linear(&block.qkv, Linear::column(HIDDEN, QKV).bias(block.qkv_bias.as_ref()));
+    let [q, k, v] = block.heads.split(joint);
+    let turn = |heads: Value<'g>, norm: &Weight<'g>| {
+        heads.rms_norm(HEAD_DIM, g.vector(norm, HEAD_DIM), block.norm_eps).rotary(block.cos, block.sin)
+    };
+    let (attended, pool) =
+        g.attention(block.kind, [turn(q, &q_norm), turn(k, &k_norm), v], &block.pool, &block.context);
+    let joined = attended.merge(&[Q_HEADS, HEAD_DIM], QKV);
+    (joined.linear(&block.o, Linear::row(QKV, HIDDEN).bias(o_bias).residual(x)), pool)
+}

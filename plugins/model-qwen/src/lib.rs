@@ -1,0 +1,71 @@
+//! The Qwen family of dense models: `Qwen2ForCausalLM` (Qwen2, Qwen2.5: biases on queries, keys and values) and
+//! `Qwen3ForCausalLM` (each head's queries and keys are normalized before they turn). From Hugging Face checkpoints and
+//! GGUF files.
+//!
+//! Three files: [`config`] reads and checks `config.json`, [`weights`] names tensors, [`graph`] is the forward pass.
+//! Sliding windows and splitting over devices are not implemented and refused.
+
+#![forbid(unsafe_code)]
+
+mod config;
+mod graph;
+mod weights;
+
+use torus_abi::{
+    author::Model,
+    fault::Fault,
+    fragment::Package,
+    model::{AttentionSpec, EmitModel, GgufAnswer, GgufQuery, ModelDescription, ModelOptions, StateKind},
+};
+
+pub use config::Config;
+
+/// An opened checkpoint.
+pub struct Qwen {
+    config: Config,
+}
+
+torus_abi::declare_plugin! {
+    name: "qwen",
+    description: "The Qwen family: Qwen2ForCausalLM and Qwen3ForCausalLM",
+    model: Qwen,
+}
+
+impl Model for Qwen {
+    const ARCHITECTURES: &'static [&'static str] = &["Qwen2ForCausalLM", "Qwen3ForCausalLM"];
+    const GGUF_ARCHITECTURES: &'static [&'static str] = &["qwen2", "qwen3"];
+
+    fn from_gguf(query: &GgufQuery) -> Result<GgufAnswer, Fault> {
+        weights::from_gguf(query)
+    }
+
+    fn open(options: &ModelOptions) -> Result<Self, Fault> {
+        Ok(Self { config: Config::new(options)? })
+    }
+
+    fn describe(&self) -> ModelDescription {
+        let config = &self.config;
+        ModelDescription {
+            architecture: config.generation.architecture().into(),
+            hidden: config.hidden,
+            vocab: config.vocab,
+            context_length: config.context_length,
+            dtype: config.dtype,
+            kinds: vec![StateKind::Paged(AttentionSpec {
+                q_heads: config.heads.q_heads,
+                kv_heads: config.heads.kv_heads,
+                head_dim: config.heads.head_dim,
+                scale: (config.heads.head_dim as f32).sqrt().recip(),
+                window: None,
+                soft_cap: None,
+            })],
+            layers: vec![0; config.layers],
+            weights: weights::weights(config),
+            ignored_tensors: weights::ignored(config),
+        }
+    }
+
+    fn emit(&self, request: &EmitModel) -> Result<Package, Fault> {
+        Ok(Package { fragment: graph::emit(&self.config, request)? })
+    }
+}
