@@ -6,6 +6,7 @@
 #   make lint     formatting and clippy
 #   make bench    a short bench of the small model against the memory bandwidth of this machine
 #   make setup    only what the tests need besides Rust
+#   make examples the plugins in examples/, each a workspace of its own, into target/plugins
 #   make clean    removes what was built, and keeps what was fetched
 
 SHELL := /bin/bash
@@ -16,7 +17,7 @@ model := $(cache)/models/SmolLM2-135M-Instruct.Q4_1.gguf
 torus := target/release/torus
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build serve test lint bench clean
+.PHONY: help setup build examples serve test lint bench clean
 
 help:
 	@sed -n 's/^#   \(make\)/  \1/p' Makefile
@@ -31,10 +32,16 @@ build:
 serve: build
 	$(torus) serve --model-path $(model) --served-model-name SmolLM2-135M-Instruct --host 127.0.0.1 --port 30000 $(ARGS)
 
-test: setup
+examples:
+	for manifest in examples/*/Cargo.toml; do \
+	  cargo build --release --locked --target-dir target/plugins --manifest-path $$manifest || exit 1; \
+	done
+
+test: setup examples
 	cargo build --release --locked --workspace --bins --examples
-	cargo build --release --locked --manifest-path examples/attention-plugin/Cargo.toml
-	cargo build --release --locked --manifest-path examples/native-attention-plugin/Cargo.toml
+	for manifest in examples/*/Cargo.toml; do \
+	  cargo test --release --locked --target-dir target/plugins --manifest-path $$manifest || exit 1; \
+	done
 	cargo test --release --locked --workspace
 
 lint:

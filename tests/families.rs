@@ -1,4 +1,4 @@
-//! Tiny random models of every variant of every stock family against Hugging Face `transformers`
+//! Tiny random models of every variant of every stock family, and of one from outside, against Hugging Face `transformers`
 //! (`data/{family}/make.py`), through the whole engine: batched, in chunks, and again with cached prefixes. Where a
 //! variant is also there as a GGUF file, that gives the same.
 
@@ -7,9 +7,13 @@ use std::path::{Path, PathBuf};
 use futures::future::join_all;
 use serde_json::Value;
 use torus_engine::{EngineHandle, api::LogprobOptions};
+use torus_plugins::{LibraryCache, Registry};
 use torus_weights::ResolvedModel;
 
-use crate::support::{answer, block_on, config, greedy, ready, request};
+use crate::{
+    server::example_library,
+    support::{answer, block_on, config, greedy, linked_plugins, ready, request},
+};
 
 fn variants(family: &str) -> Vec<PathBuf> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("data").join(family);
@@ -51,8 +55,9 @@ async fn check(engine: &EngineHandle, name: &str, case: &Value, with_prompt_logp
     }
 }
 
-fn equals_the_reference(name: &str, model: ResolvedModel, golden: &Value) {
+fn equals_the_reference(name: &str, plugins: &Registry, model: ResolvedModel, golden: &Value) {
     let mut config = config(model);
+    config.plugins = plugins.clone();
     config.memory.page_size = Some(4);
     config.memory.max_total_tokens = Some(1024);
     // Few buckets: each variant compiles all of its own.
@@ -66,6 +71,10 @@ fn equals_the_reference(name: &str, model: ResolvedModel, golden: &Value) {
 }
 
 fn every_variant_equals_the_reference(family: &str, variants_min: usize) {
+    every_variant_equals_the_reference_with(&linked_plugins(), family, variants_min);
+}
+
+fn every_variant_equals_the_reference_with(plugins: &Registry, family: &str, variants_min: usize) {
     let variants = variants(family);
     assert!(variants.len() >= variants_min, "{variants:?}");
     for folder in variants {
@@ -73,9 +82,9 @@ fn every_variant_equals_the_reference(family: &str, variants_min: usize) {
         let golden = std::fs::read_to_string(folder.join("golden.json")).unwrap();
         let golden: Value = serde_json::from_str(&golden).unwrap();
         let gguf = folder.join("model.gguf");
-        equals_the_reference(&name, ResolvedModel::Folder(folder), &golden);
+        equals_the_reference(&name, plugins, ResolvedModel::Folder(folder), &golden);
         if gguf.exists() {
-            equals_the_reference(&format!("{name} in GGUF"), ResolvedModel::Gguf(gguf), &golden);
+            equals_the_reference(&format!("{name} in GGUF"), plugins, ResolvedModel::Gguf(gguf), &golden);
         }
     }
 }
@@ -83,6 +92,14 @@ fn every_variant_equals_the_reference(family: &str, variants_min: usize) {
 #[test]
 fn llama() {
     every_variant_equals_the_reference("llama", 8);
+}
+
+#[test]
+fn granite_from_outside_of_the_tree() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut plugins = linked_plugins();
+    plugins.load(&example_library("granite_model"), &LibraryCache::new(folder.path())).unwrap();
+    every_variant_equals_the_reference_with(&plugins, "granite", 2);
 }
 
 #[test]

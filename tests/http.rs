@@ -40,26 +40,19 @@ fn the_same_tokens_come_from_plugins_that_are_shared_libraries() {
     });
 }
 
-/// A library of `examples`, which `make test` builds in a workspace of its own, against the plugin API alone.
-pub fn example_library(project: &str, file: &str) -> std::path::PathBuf {
-    let example = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples").join(project);
-    let library = example.join("target/release").join(file);
-    assert!(library.exists(), "run 'cargo build --release' in examples/{project}");
-    library
-}
-
 #[test]
 fn a_plugin_from_outside_of_the_tree_is_checked_and_serves() {
-    checked_and_serving("attention-plugin", "libtorus_attention_paged.so", "paged");
+    checked_and_serving("paged_attention", "paged_attention");
 }
 
 #[test]
 fn a_plugin_with_native_code_is_checked_and_serves() {
-    checked_and_serving("native-attention-plugin", "libtorus_native_loop.so", "native-loop");
+    checked_and_serving("native_loop", "native-loop");
 }
 
-fn checked_and_serving(project: &str, file: &str, backend: &str) {
-    let library = example_library(project, file);
+fn checked_and_serving(library: &str, backend: &str) {
+    // Built by `make test` in a workspace of its own, against the plugin API alone.
+    let library = crate::server::example_library(library);
     let library = library.to_str().unwrap();
     let check =
         std::process::Command::new(crate::server::torus()).args(["plugins", "check", library]).output().unwrap();

@@ -3,6 +3,7 @@
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod abi;
 mod architecture;
+mod authoring;
 mod engine;
 mod families;
 mod http;

@@ -31,6 +31,24 @@ pub fn stock_library(name: &str) -> PathBuf {
     library
 }
 
+/// Where `make test` builds the plugins of `examples`, and the tests the projects they generate: outside of this
+/// workspace's own artifacts, so that what they share is compiled once.
+pub fn plugins_target() -> PathBuf {
+    built().with_file_name("plugins")
+}
+
+/// The shared library of a plugin in `examples`.
+pub fn example_library(name: &str) -> PathBuf {
+    let library = plugins_target().join("release").join(format!("lib{name}.so"));
+    assert!(library.exists(), "{} is missing: run 'make examples'", library.display());
+    library
+}
+
+/// A port that nobody listens on at the moment.
+pub fn free_port() -> u16 {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
 /// A running server. Killed when dropped.
 pub struct Server {
     child: Child,
@@ -52,9 +70,7 @@ impl Server {
 
     /// Starts a server with any model.
     pub async fn start_with(model: &Path, options: &[&str]) -> Self {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let port = listener.local_addr().unwrap().port();
-        drop(listener);
+        let port = free_port();
         let mut command = Command::new(torus());
         command.args(["serve", "--served-model-name", MODEL, "--host", "127.0.0.1", "--dtype", "float32"]);
         command.arg("--model-path").arg(model).args(["--port", &port.to_string(), "--admin-api-key", ADMIN_KEY]);

@@ -15,7 +15,7 @@ use torus_engine::{
 };
 
 use crate::{
-    server::{MODEL, Server, stock_library},
+    server::{MODEL, Server, example_library, stock_library},
     support::{block_on, ready},
 };
 
@@ -76,7 +76,7 @@ fn assert_same(index: usize, expected: &[(String, f64)], found: &[(String, f64)]
 fn fifty_chats_stream_on_while_plugins_are_swapped() {
     const CHATS: usize = 50;
     let plugins = plugin_folder();
-    let paged = crate::http::example_library("attention-plugin", "libtorus_attention_paged.so");
+    let paged = example_library("paged_attention");
     fs::copy(&paged, plugins.path().join("paged.so")).unwrap();
     let folder = plugins.path().to_str().unwrap().to_owned();
     block_on(async {
@@ -100,7 +100,7 @@ fn fifty_chats_stream_on_while_plugins_are_swapped() {
         });
         let swaps = async {
             let mut spanning = 0;
-            for (plugin, attention) in [("llama_a.so", None), ("llama_b.so", None), ("paged.so", Some("paged"))] {
+            for (plugin, attention) in [("llama_a.so", None), ("llama_b.so", None), ("paged.so", Some("paged_attention"))] {
                 let loaded = server.change("/v1/plugins", &json!({"file": plugin})).await;
                 assert_eq!(loaded["status"], "loaded");
                 let swap = json!({"model": MODEL, "attention_backend": attention.unwrap_or("native")});
@@ -114,7 +114,7 @@ fn fifty_chats_stream_on_while_plugins_are_swapped() {
         assert!(spanning > 0, "no request was in flight when its model was swapped");
         assert!(chats.iter().sum::<usize>() > CHATS, "{chats:?}");
         let listed = server.plugins().await;
-        assert_eq!(listed["models"][0]["attention_backend"], "paged", "{listed}");
+        assert_eq!(listed["models"][0]["attention_backend"], "paged_attention", "{listed}");
         let llama = listed["plugins"].as_array().unwrap().iter().find(|plugin| plugin["name"] == "llama").unwrap();
         assert!(llama["path"].as_str().unwrap().ends_with("llama_b.so"), "{llama}");
     });

@@ -1,35 +1,33 @@
-//! An attention backend in a page of code, outside of Torus' tree: causal attention over paged KV, one page at a time.
+//! An attention backend in a page of code: causal attention over paged KV, one page at a time.
 //!
 //! It keeps K and V of a layer as `[slots, kv_heads, head_dim]`, where a slot is `page * page_size + offset`. In a
 //! step it writes the new rows, then walks over page 0, 1, 2, … of every token's sequence, with the softmax of
 //! "Online normalizer calculation for softmax" (Milakov and Gimelshein, 2018).
 
-use torus_abi::{
-    DType, TensorType,
-    attention::{AttentionAnswer, AttentionQuery, EmitAttention},
-    author::Attention,
-    fault::Fault,
-    fragment::{Operand, Package},
-    step::StepInput,
-};
-use torus_hlo::{
-    Builder, Dot, Func, Scatter, Shape, Value,
-    axes::{GROUP, HEAD_DIM, KV_HEADS, PAGE, PAGES, Q_HEADS, SEQS, SLOTS, TOKENS},
+#[cfg(test)]
+mod tests;
+
+use torus_plugin::{
+    Attention, AttentionAnswer, AttentionQuery, DType, EmitAttention, Fault, Operand, Package, StepInput, TensorType,
+    hlo::{
+        Builder, Dot, Func, Scatter, Shape, Value,
+        axes::{GROUP, HEAD_DIM, KV_HEADS, PAGE, PAGES, Q_HEADS, SEQS, SLOTS, TOKENS},
+    },
 };
 
-struct Paged;
+struct PagedAttention;
 
-torus_abi::export_plugin! {
-    name: "paged",
-    description: "Causal attention, one page at a time (example)",
-    attention: Paged,
+torus_plugin::export_plugin! {
+    name: "paged_attention",
+    description: "Causal attention, one page at a time",
+    attention: PagedAttention,
 }
 
 /// What the kernel wants to know of a step; passed through `context` as it is.
 const INPUTS: [StepInput; 5] =
     [StepInput::Positions, StepInput::TokenSeq, StepInput::KvSlot, StepInput::PageBegin, StepInput::PageTable];
 
-impl Attention for Paged {
+impl Attention for PagedAttention {
     fn query(query: &AttentionQuery) -> Result<AttentionAnswer, Fault> {
         let (spec, shape) = (&query.spec, &query.shape);
         if spec.window.is_some() || spec.soft_cap.is_some() {
@@ -50,7 +48,7 @@ impl Attention for Paged {
     }
 
     fn emit(request: &EmitAttention) -> Result<Package, Fault> {
-        let builder = Builder::new(&format!("paged_{}", request.kind));
+        let builder = Builder::new(&format!("paged_attention_{}", request.kind));
         builder.export("context", |f| {
             let inputs = INPUTS.iter().enumerate();
             let part = |(part, input): (usize, &StepInput)| {

@@ -34,8 +34,8 @@ pub enum Command {
     Serve(Box<ServeArgs>),
     /// Load a model and continue one prompt
     Generate(Box<GenerateArgs>),
-    /// List plugins, or check one
-    #[command(subcommand)]
+    /// List plugins, check one, or begin one
+    #[command(subcommand, visible_alias = "plugin")]
     Plugins(PluginsCommand),
     /// Change what a running server serves: load plugins, load, swap and unload models
     Ctl(CtlArgs),
@@ -54,6 +54,8 @@ pub enum PluginsCommand {
     Ls(PluginsLsArgs),
     /// Load a plugin file, ask it what the server would ask, and say what does not fit
     Check(PluginsCheckArgs),
+    /// Write a new plugin project, ready to build, test and load
+    New(PluginsNewArgs),
 }
 
 #[derive(Debug, clap::Args)]
@@ -82,6 +84,29 @@ pub struct PluginsCheckArgs {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub struct PluginsNewArgs {
+    /// Name of the plugin: lower-case letters, digits and '-'
+    #[arg(value_name = "NAME")]
+    pub name: String,
+    /// What the plugin is for
+    #[arg(long)]
+    pub kind: PluginKind,
+    /// Folder of the project; it must be empty or not exist [default: NAME in the current folder]
+    #[arg(long, value_name = "FOLDER")]
+    pub path: Option<PathBuf>,
+    /// Copy of the plugin API to build with, instead of one that is written into the project
+    #[arg(long, value_name = "FOLDER")]
+    pub api: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum PluginKind {
+    Model,
+    Attention,
+    Speculative,
 }
 
 #[derive(Debug, clap::Args)]

@@ -1,6 +1,7 @@
 //! `torus plugins`, and the registry that a server starts with.
 
 mod check;
+mod new;
 
 use std::process::ExitCode;
 
@@ -32,6 +33,7 @@ pub fn run(command: &PluginsCommand) -> anyhow::Result<ExitCode> {
     match command {
         PluginsCommand::Ls(args) => list(args).map(|()| ExitCode::SUCCESS),
         PluginsCommand::Check(args) => check::run(args),
+        PluginsCommand::New(args) => new::run(args).map(|()| ExitCode::SUCCESS),
     }
 }
 

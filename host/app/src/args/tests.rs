@@ -23,6 +23,7 @@ fn help_texts() {
     expect_file!["help/serve.txt"].assert_eq(&help(&["serve"]));
     expect_file!["help/generate.txt"].assert_eq(&help(&["generate"]));
     expect_file!["help/plugins.txt"].assert_eq(&help(&["plugins"]));
+    expect_file!["help/plugins-new.txt"].assert_eq(&help(&["plugins", "new"]));
     expect_file!["help/bench-serving.txt"].assert_eq(&help(&["bench", "serving"]));
     expect_file!["help/bench-one-batch.txt"].assert_eq(&help(&["bench", "one-batch"]));
 }
