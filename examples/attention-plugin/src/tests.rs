@@ -45,3 +45,9 @@ fn what_it_cannot_do_is_refused_with_a_reason() {
         assert!(answer.score == 0 && !answer.reason.is_empty());
     }
 }
+
+/// The cases that every backend is asked; `torus plugins check` runs them as well.
+#[test]
+fn it_conforms() {
+    torus_plugin::testkit::attention::check::<PagedAttention>().assert();
+}

@@ -117,3 +117,12 @@ fn a_request_that_does_not_fit_is_refused() {
     let stateless = EmitModel { state: vec![], ..request(&model, ModelPart::Head { rows: 2 }) };
     assert!(model.emit(&stateless).unwrap_err().message.contains("kind"));
 }
+
+#[test]
+fn it_conforms() {
+    let config = json!({
+        "architectures": ["GraniteForCausalLM"], "hidden_size": 12, "intermediate_size": 20, "vocab_size": 31,
+        "num_hidden_layers": 2, "num_attention_heads": 3,
+    });
+    torus_plugin::testkit::model::check::<GraniteModel>(&config.to_string()).assert();
+}

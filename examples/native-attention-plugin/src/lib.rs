@@ -7,18 +7,16 @@
 
 #![forbid(unsafe_code)]
 
-use torus_abi::{
-    DType, TensorType,
-    attention::{AttentionAnswer, AttentionQuery, EmitAttention},
-    author::Attention,
-    fault::Fault,
-    fragment::{Operand, Package},
-    kernel::{Call, Kernel, parallel_chunks},
-    step::StepInput,
-};
-use torus_hlo::{Attribute, Builder, CustomCall, Func, Shape, Value};
+#[cfg(test)]
+mod tests;
 
-torus_abi::export_plugin! {
+use torus_plugin::{
+    Attention, AttentionAnswer, AttentionQuery, DType, EmitAttention, Fault, Operand, Package, StepInput, TensorType,
+    hlo::{Attribute, Builder, CustomCall, Func, Shape, Value},
+    kernel::{Call, Kernel, parallel_chunks},
+};
+
+torus_plugin::export_plugin! {
     name: "native-loop",
     description: "Causal attention in native code, on CPUs (example)",
     attention: NativeLoop,

@@ -34,3 +34,9 @@ fn options_that_are_unknown_or_contradict_each_other_are_named() {
     assert!(refused(json!({"ngram_max": "x"})).contains("ngram_max"));
     assert!(refused(json!({"ngram_min": 4})).contains("larger than ngram_max"));
 }
+
+/// With it, tokens are the same and distributed the same as without.
+#[test]
+fn it_conforms() {
+    torus_plugin::testkit::speculative::check::<PromptLookup>(&Default::default()).assert();
+}

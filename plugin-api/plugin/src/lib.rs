@@ -49,6 +49,9 @@
 //! - The same request gives the same bytes.
 //! - The library runs in the server's process with the server's rights. A segmentation fault ends the server.
 //!
+//! On a CPU, a program may call native code of the plugin: [`kernel`]. What a plugin must hold to is checked by [`testkit`],
+//! in the plugin's own tests.
+//!
 //! `torus plugins new` writes a ready project around this crate, `torus plugins check FILE` runs what it built.
 //!
 //! Deliberately absent: everything that knows the host. This crate only re-exports; [`abi`] is the boundary itself.
@@ -58,7 +61,9 @@
 pub use serde;
 pub use serde_json;
 pub use torus_abi as abi;
+pub use torus_abi::kernel;
 pub use torus_hlo as hlo;
+pub use torus_testkit as testkit;
 
 pub use torus_abi::{
     ABI_VERSION, DType, TensorType,
