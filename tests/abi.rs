@@ -24,7 +24,7 @@ use torus_abi::{
 };
 use torus_plugins::{
     AttentionInterface, CallError, LibraryCache, ModelInterface, Plugin, Registry, SpeculativeInterface,
-    link::{Implementation, Unit, export, link},
+    link::{Implementation, export, link},
 };
 
 /// The stored plugins, oldest first, and what each offers.
@@ -179,8 +179,9 @@ fn exercise_linker(plugin: &Plugin) {
     let model = plugin.model().unwrap().open(&options(json!({ "hidden_size": HIDDEN }))).unwrap();
     let hidden = model.emit(&emit_model(json!({ "hidden": { "shape": shape() } }))).unwrap().fragment;
     let query = attention_query(None, None, 1);
-    let attention = plugin.attention().unwrap().emit(&EmitAttention { kind: 0, query }).unwrap().fragment;
-    let units = [&hidden, &attention].map(|fragment| Unit { plugin: plugin.name(), fragment });
+    let backend = plugin.attention().unwrap();
+    let attention = backend.emit(&EmitAttention { kind: 0, query }).unwrap().fragment;
+    let units = [model.unit(&hidden), backend.unit(&attention)];
     let root = &export(units[0], "hidden").unwrap().0.symbol;
     let target = &export(units[1], "attention").unwrap().0.symbol;
     assert_eq!(export(units[1], "context").unwrap().1.results, [tensor("i32[3]")]);

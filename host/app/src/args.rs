@@ -38,7 +38,7 @@ pub enum Command {
     #[command(subcommand, visible_alias = "plugin")]
     Plugins(PluginsCommand),
     /// Change what a running server serves: load plugins, load, swap and unload models
-    Ctl(CtlArgs),
+    Ctl(Box<CtlArgs>),
     /// Say what this machine offers, and what to do where something is missing
     CheckEnv(CheckEnvArgs),
     /// Measure a server

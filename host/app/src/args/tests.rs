@@ -22,6 +22,8 @@ fn help_texts() {
     expect_file!["help/torus.txt"].assert_eq(&help(&[]));
     expect_file!["help/serve.txt"].assert_eq(&help(&["serve"]));
     expect_file!["help/generate.txt"].assert_eq(&help(&["generate"]));
+    expect_file!["help/ctl.txt"].assert_eq(&help(&["ctl"]));
+    expect_file!["help/ctl-swap.txt"].assert_eq(&help(&["ctl", "swap"]));
     expect_file!["help/plugins.txt"].assert_eq(&help(&["plugins"]));
     expect_file!["help/plugins-new.txt"].assert_eq(&help(&["plugins", "new"]));
     expect_file!["help/bench-serving.txt"].assert_eq(&help(&["bench", "serving"]));
@@ -56,7 +58,8 @@ fn defaults_are_the_predecessors_where_both_have_them() {
 fn model_options() {
     let args = Cli::try_parse_from(["torus", "serve", "--model", "a/b", "--trust-remote-code"]).unwrap();
     let Command::Serve(args) = args.command else { panic!("{args:?}") };
-    assert_eq!((args.engine.model.model_path.as_str(), args.engine.model.trust_remote_code), ("a/b", true));
+    assert_eq!(args.engine.model.only().as_deref(), Ok("a/b"));
+    assert!(args.engine.model.trust_remote_code);
     let args = serve(
         "--tokenizer-path=t --context-length 4096 --dtype=float --revision r --download-dir d --chat-template c.jinja",
     );
