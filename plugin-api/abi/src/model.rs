@@ -88,6 +88,36 @@ pub struct WeightSpec {
     pub sources: Vec<WeightSource>,
 }
 
+impl WeightSpec {
+    /// A matrix `[rows, input]` of the tensors `{stem}.weight`, given as stems with their rows, below one another.
+    pub fn linear(role: LinearRole, name: impl Into<String>, input: u64, stems: &[(String, u64)]) -> Self {
+        let source = |(stem, rows): &(String, u64)| WeightSource::new(format!("{stem}.weight"), [*rows, input]);
+        Self {
+            name: name.into(),
+            shape: vec![stems.iter().map(|(_, rows)| rows).sum(), input],
+            role: WeightRole::Linear(role),
+            sources: stems.iter().map(source).collect(),
+        }
+    }
+
+    /// A vector of the tensors `{stem}.{kind}` one after the other; `kind` is `weight` (of a norm) or `bias`.
+    pub fn vector(kind: &str, name: impl Into<String>, stems: &[(String, u64)]) -> Self {
+        let source = |(stem, size): &(String, u64)| WeightSource::new(format!("{stem}.{kind}"), [*size]);
+        Self {
+            name: name.into(),
+            shape: vec![stems.iter().map(|(_, size)| size).sum()],
+            role: WeightRole::Vector,
+            sources: stems.iter().map(source).collect(),
+        }
+    }
+
+    /// The embedding `[vocab, hidden]` in one tensor; `tied` if the output projection is the same.
+    pub fn embedding(name: impl Into<String>, tensor: impl Into<String>, shape: [u64; 2], tied: bool) -> Self {
+        let role = if tied { WeightRole::EmbedAndHead } else { WeightRole::Embed };
+        Self { name: name.into(), shape: shape.to_vec(), role, sources: vec![WeightSource::new(tensor, shape)] }
+    }
+}
+
 /// What a weight is used as, which decides how the host may store and split it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -109,6 +139,13 @@ pub struct WeightSource {
     pub shape: Vec<u64>,
     #[serde(default)]
     pub transforms: Vec<Transform>,
+}
+
+impl WeightSource {
+    /// A tensor as it is.
+    pub fn new(tensor: impl Into<String>, shape: impl Into<Vec<u64>>) -> Self {
+        Self { tensor: tensor.into(), shape: shape.into(), transforms: Vec::new() }
+    }
 }
 
 /// What is done to a tensor on load, in order. The cast to the storage dtype comes last and is the host's.

@@ -1,8 +1,12 @@
 //! Arguments of exported functions: tensors with a meaning.
 
+use std::{collections::BTreeMap, panic::Location};
+
 use torus_abi::{
+    DType,
+    fault::Fault,
     fragment::{Operand, WeightHandle, WeightOperand},
-    model::StateHandle,
+    model::{EmitModel, StateHandle, WeightSpec},
     step::{StepInput, StepShape},
 };
 
@@ -10,6 +14,44 @@ use crate::{
     Func, Shape, Value, Weight,
     axes::{PAGE_TABLE, SEQ_BOUNDS, SEQS, TOKENS},
 };
+
+/// The weights of a model in a request: the host's handles with the model's shapes, by name.
+pub struct ModelWeights<'a> {
+    weights: BTreeMap<String, (&'a WeightHandle, Vec<u64>)>,
+}
+
+impl<'a> ModelWeights<'a> {
+    /// Checks that the request fits a model of these weights and of `kinds` kinds of layers.
+    pub fn new(request: &'a EmitModel, weights: Vec<WeightSpec>, kinds: usize) -> Result<Self, Fault> {
+        if !matches!(request.dtype, DType::F32 | DType::Bf16) {
+            return Err(Fault::unsupported(format!("activations of {} are not implemented", request.dtype)));
+        }
+        if request.state.len() != kinds {
+            let plural = if kinds == 1 { "" } else { "s" };
+            let found = request.state.len();
+            return Err(Fault::invalid(format!("the model has {kinds} kind{plural} of layers, the request {found}")));
+        }
+        let handle = |spec: WeightSpec| match request.weights.get(&spec.name) {
+            Some(handle) => Ok((spec.name, (handle, spec.shape))),
+            None => Err(Fault::invalid(format!("the request has no handle for the weight '{}'", spec.name))),
+        };
+        Ok(Self { weights: weights.into_iter().map(handle).collect::<Result<_, _>>()? })
+    }
+
+    /// Declares all parts of a weight as arguments of an export.
+    #[track_caller]
+    pub fn declare<'f>(&self, f: &'f Func<'f>, name: &str) -> Weight<'f> {
+        match self.weights.get(name) {
+            Some((handle, shape)) => f.weight(name, handle, shape),
+            None => {
+                let reason = format!("the model lists no weight '{name}'");
+                let poison = f.fail(Location::caller(), "weight", Vec::new(), reason);
+                let operand = WeightOperand { shape: Vec::new(), storage: String::new(), parts: 1 };
+                Weight { parts: vec![poison], operand }
+            }
+        }
+    }
+}
 
 impl<'f> Func<'f> {
     /// Declares the next argument of an export and what it means.

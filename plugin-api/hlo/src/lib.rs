@@ -18,6 +18,8 @@
 //! [`torus_abi::fragment::Fragment`]: text in MLIR's generic form, with signatures. Heavy operations (linear layers,
 //! attention) are not emitted but *imported* ([`Func::attention`], [`Value::linear`], …); the host supplies them.
 //!
+//! Beside it, [`hf`] and [`gguf`] read what checkpoints of most model families say in the same words.
+//!
 //! Deliberately absent: devices, files, execution, dynamic shapes, gradients, random numbers, reading StableHLO.
 //!
 //! Invariants:
@@ -33,6 +35,8 @@ mod builder;
 mod error;
 mod export;
 mod func;
+pub mod gguf;
+pub mod hf;
 mod import;
 mod infer;
 mod ir;
@@ -50,6 +54,7 @@ mod tests;
 
 pub use builder::{Builder, Callee};
 pub use error::BuildError;
+pub use export::ModelWeights;
 pub use func::Func;
 pub use import::{AttentionBlock, GatedMlp, Heads, Linear, Weight};
 pub use ir::Attribute;

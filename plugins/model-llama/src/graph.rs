@@ -3,12 +3,12 @@
 use torus_abi::{
     DType,
     fault::Fault,
-    fragment::{Fragment, LinearRole, Operand, WeightHandle},
+    fragment::{Fragment, LinearRole, Operand},
     model::{EmitModel, ModelPart, StateHandle},
     step::StepShape,
 };
 use torus_hlo::{
-    AttentionBlock, Builder, Func, GatedMlp, Heads, Linear, Shape, Value, Weight,
+    AttentionBlock, Builder, Func, GatedMlp, Linear, ModelWeights, Shape, Value, Weight,
     axes::{HEAD_DIM, HIDDEN, INTERMEDIATE, Q_HEADS, QKV, ROWS, TOKENS, VOCAB},
 };
 
@@ -18,11 +18,8 @@ use crate::{config::Config, weights};
 mod tests;
 
 pub fn emit(config: &Config, request: &EmitModel) -> Result<Fragment, Fault> {
-    if !matches!(request.dtype, DType::F32 | DType::Bf16) {
-        return Err(Fault::unsupported(format!("activations of {} are not implemented", request.dtype)));
-    }
-    let graph = Graph { config, request, shapes: weights::weights(config) };
-    graph.check_handles()?;
+    let weights = ModelWeights::new(request, weights::weights(config), 1)?;
+    let graph = Graph { config, request, weights };
     match &request.part {
         ModelPart::Hidden { shape, capture } => graph.hidden(shape, capture),
         ModelPart::Head { rows } => graph.head(*rows),
@@ -32,7 +29,7 @@ pub fn emit(config: &Config, request: &EmitModel) -> Result<Fragment, Fault> {
 struct Graph<'a> {
     config: &'a Config,
     request: &'a EmitModel,
-    shapes: Vec<torus_abi::model::WeightSpec>,
+    weights: ModelWeights<'a>,
 }
 
 /// The weights of one layer.
@@ -50,31 +47,8 @@ struct Layer<'f> {
 }
 
 impl Graph<'_> {
-    fn check_handles(&self) -> Result<(), Fault> {
-        let missing = self.shapes.iter().find(|spec| !self.request.weights.contains_key(&spec.name));
-        if let Some(spec) = missing {
-            return Err(Fault::invalid(format!("the request has no handle for the weight '{}'", spec.name)));
-        }
-        if self.request.state.len() != 1 {
-            let message = format!("the model has 1 kind of layers, the request {}", self.request.state.len());
-            return Err(Fault::invalid(message));
-        }
-        Ok(())
-    }
-
-    fn handle(&self, name: &str) -> (&WeightHandle, &[u64]) {
-        // `check_handles` has seen every name that `weights` lists.
-        let shape = self.shapes.iter().find(|spec| spec.name == name).map_or(&[][..], |spec| &spec.shape);
-        (&self.request.weights[name], shape)
-    }
-
-    fn weight<'f>(&self, f: &'f Func<'f>, name: &str) -> Weight<'f> {
-        let (handle, shape) = self.handle(name);
-        f.weight(name, handle, shape)
-    }
-
     fn layer<'f>(&self, f: &'f Func<'f>, index: usize) -> Layer<'f> {
-        let weight = |name: &str| self.weight(f, &format!("layers.{index}.{name}"));
+        let weight = |name: &str| self.weights.declare(f, &format!("layers.{index}.{name}"));
         let bias = |has: bool, name: &str| has.then(|| weight(name));
         let (attention_bias, mlp_bias) = (self.config.attention_bias, self.config.mlp_bias);
         Layer {
@@ -99,7 +73,7 @@ impl Graph<'_> {
             let positions = f.input(Operand::Positions, Shape::new(DType::I32, [(TOKENS, shape.tokens)]));
             let state = &self.request.state[0];
             let context = f.context(0, state);
-            let mut x = f.embed(tokens, &self.weight(f, "embed"), HIDDEN, self.request.dtype);
+            let mut x = f.embed(tokens, &self.weights.declare(f, "embed"), HIDDEN, self.request.dtype);
             let (cos, sin) = f.rotary_tables(positions, &self.config.rope);
             let mut results = Vec::new();
             for index in 0..self.config.layers {
@@ -111,7 +85,7 @@ impl Graph<'_> {
                     results.push((Operand::Captured { layer: index }, x));
                 }
             }
-            let norm = f.vector(&self.weight(f, "norm"), HIDDEN);
+            let norm = f.vector(&self.weights.declare(f, "norm"), HIDDEN);
             results.push((Operand::Hidden, x.rms_norm(HIDDEN, norm, self.config.norm_eps)));
             results
         });
@@ -142,7 +116,7 @@ impl Graph<'_> {
                 pool: g.pass(&pool),
                 context: g.pass(context),
                 kind: 0,
-                heads: self.heads(),
+                heads: self.config.heads,
                 norm_eps: self.config.norm_eps,
             };
             let (x, pool) = match g.pass(&layer.o_bias) {
@@ -166,17 +140,12 @@ impl Graph<'_> {
         (results[0], pool)
     }
 
-    fn heads(&self) -> Heads {
-        let Config { q_heads, kv_heads, head_dim, .. } = *self.config;
-        Heads { q_heads, kv_heads, head_dim }
-    }
-
     fn head(&self, rows: u64) -> Result<Fragment, Fault> {
         let builder = Builder::new("llama_head");
         builder.export("head", |f| {
             let shape = Shape::new(self.request.dtype, [(ROWS, rows), (HIDDEN, self.config.hidden)]);
             let x = f.input(Operand::Hidden, shape);
-            let weight = self.weight(f, if self.config.tied { "embed" } else { "head" });
+            let weight = self.weights.declare(f, if self.config.tied { "embed" } else { "head" });
             let logits = x.linear(&weight, Linear::new(LinearRole::Head, HIDDEN, VOCAB).result(DType::F32));
             vec![(Operand::Logits, logits)]
         });

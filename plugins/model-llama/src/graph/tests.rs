@@ -1,6 +1,11 @@
 use expect_test::expect;
 use serde_json::{Value, json};
-use torus_abi::{TensorType, author::Model, fragment::Operation, model::ModelOptions};
+use torus_abi::{
+    TensorType,
+    author::Model,
+    fragment::{Operation, WeightHandle},
+    model::ModelOptions,
+};
 
 use super::*;
 use crate::Llama;
