@@ -32,10 +32,10 @@ pub fn smollm2() -> PathBuf {
     fetched("models/SmolLM2-135M-Instruct.Q4_1.gguf")
 }
 
-/// Both stock plugins, linked in.
+/// All stock plugins, linked in.
 pub fn linked_plugins() -> Registry {
     // Naming them makes the linker keep them.
-    let _ = (torus_model_llama::PLUGIN, torus_attention_native::PLUGIN);
+    let _ = (torus_model_gemma::PLUGIN, torus_model_llama::PLUGIN, torus_attention_native::PLUGIN);
     Registry::linked().unwrap()
 }
 
