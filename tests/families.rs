@@ -75,3 +75,8 @@ fn every_variant_equals_the_reference(family: &str, variants_min: usize) {
 fn llama() {
     every_variant_equals_the_reference("llama", 8);
 }
+
+#[test]
+fn gemma() {
+    every_variant_equals_the_reference("gemma", 5);
+}

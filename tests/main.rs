@@ -3,6 +3,8 @@
 mod architecture;
 mod engine;
 mod families;
+mod gemma;
+mod golden;
 mod http;
 mod openai_client;
 mod plugins;

@@ -32,6 +32,10 @@ pub fn smollm2() -> PathBuf {
     fetched("models/SmolLM2-135M-Instruct.Q4_1.gguf")
 }
 
+pub fn gemma3() -> PathBuf {
+    fetched("models/gemma-3-270m-q4_k_m.gguf")
+}
+
 /// All stock plugins, linked in.
 pub fn linked_plugins() -> Registry {
     // Naming them makes the linker keep them.
