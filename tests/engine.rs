@@ -3,7 +3,6 @@
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use futures::{StreamExt, future::join_all};
-use serde_json::Value;
 use torus_engine::{
     EngineHandle,
     api::{Abort, AbortTarget, Engine, Event, FinishReason, LogprobOptions, SamplingParams, SubmitError},
@@ -11,7 +10,10 @@ use torus_engine::{
 };
 use torus_weights::ResolvedModel;
 
-use crate::support::{Answer, answer, block_on, config, greedy, ready, request, smollm2};
+use crate::{
+    golden::{self, Golden, assert_golden},
+    support::{answer, block_on, config, greedy, ready, request, smollm2},
+};
 
 /// A token that only the request of the fault test has.
 const POISON: u32 = 49_000;
@@ -28,36 +30,8 @@ fn engine() -> (MutexGuard<'static, ()>, Arc<EngineHandle>) {
     (turn, engine)
 }
 
-struct Golden {
-    prompt: Vec<u32>,
-    /// Up to the first step at which two tokens are nearly equally likely.
-    tokens: Vec<u32>,
-    first_top: Vec<(u32, f32)>,
-}
-
 fn goldens() -> Vec<Golden> {
-    /// Steps with a smaller margin between the two likeliest tokens may go either way.
-    const MARGIN_MIN: f64 = 0.01;
-    let golden: Value = serde_json::from_str(include_str!("data/smollm2-135m.json")).unwrap();
-    let ids = |value: &Value| -> Vec<u32> {
-        value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
-    };
-    let case = |case: &Value| {
-        let margins = case["top1_minus_top2"].as_array().unwrap();
-        let clear = margins.iter().take_while(|margin| margin.as_f64().unwrap() >= MARGIN_MIN).count();
-        let top = case["first_step_top5"].as_array().unwrap().iter();
-        Golden {
-            prompt: ids(&case["input_ids"]),
-            tokens: ids(&case["greedy_ids"])[..clear].to_vec(),
-            first_top: top.map(|t| (t["id"].as_u64().unwrap() as u32, t["logprob"].as_f64().unwrap() as f32)).collect(),
-        }
-    };
-    golden["cases"].as_array().unwrap().iter().map(case).collect()
-}
-
-fn assert_golden(golden: &Golden, answer: &Answer) {
-    assert_eq!(answer.tokens[..golden.tokens.len()], golden.tokens);
-    assert_eq!((answer.tokens.len(), &answer.reason), (32, &FinishReason::Length));
+    golden::cases(include_str!("data/smollm2-135m.json"))
 }
 
 #[test]
@@ -72,10 +46,7 @@ fn greedy_tokens_equal_the_reference_alone_and_with_cached_prefixes() {
             // The second time the whole pages of the prompt are there, but for its last token.
             let expected = if round == 0 { 0 } else { (golden.prompt.len() - 1) / 16 * 16 };
             assert_eq!(answer.cached_tokens, expected);
-            for ((id, logprob), (expected_id, expected)) in answer.logprobs[0].top.iter().zip(&golden.first_top) {
-                assert_eq!(id, expected_id);
-                assert!((logprob - expected).abs() < 1e-3, "{logprob} against {expected}");
-            }
+            golden::assert_first_top(&golden, &answer);
         }
     }
 }

@@ -106,3 +106,8 @@ fn granite_from_outside_of_the_tree() {
 fn qwen() {
     every_variant_equals_the_reference("qwen", 7);
 }
+
+#[test]
+fn gemma() {
+    every_variant_equals_the_reference("gemma", 5);
+}

@@ -6,6 +6,8 @@ mod architecture;
 mod authoring;
 mod engine;
 mod families;
+mod gemma;
+mod golden;
 mod http;
 mod kernels;
 mod openai_client;

@@ -32,10 +32,15 @@ pub fn smollm2() -> PathBuf {
     fetched("models/SmolLM2-135M-Instruct.Q4_1.gguf")
 }
 
-/// The stock plugins, linked in.
+pub fn gemma3() -> PathBuf {
+    fetched("models/gemma-3-270m-q4_k_m.gguf")
+}
+
+/// All stock plugins, linked in.
 pub fn linked_plugins() -> Registry {
     // Naming them makes the linker keep them.
-    let _ = (torus_model_llama::PLUGIN, torus_model_qwen::PLUGIN, torus_attention_native::PLUGIN);
+    let models = (torus_model_gemma::PLUGIN, torus_model_llama::PLUGIN, torus_model_qwen::PLUGIN);
+    let _ = (models, torus_attention_native::PLUGIN);
     Registry::linked().unwrap()
 }
 

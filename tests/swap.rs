@@ -100,7 +100,9 @@ fn fifty_chats_stream_on_while_plugins_are_swapped() {
         });
         let swaps = async {
             let mut spanning = 0;
-            for (plugin, attention) in [("llama_a.so", None), ("llama_b.so", None), ("paged.so", Some("paged_attention"))] {
+            for (plugin, attention) in
+                [("llama_a.so", None), ("llama_b.so", None), ("paged.so", Some("paged_attention"))]
+            {
                 let loaded = server.change("/v1/plugins", &json!({"file": plugin})).await;
                 assert_eq!(loaded["status"], "loaded");
                 let swap = json!({"model": MODEL, "attention_backend": attention.unwrap_or("native")});

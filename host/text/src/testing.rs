@@ -13,18 +13,25 @@ use rand_chacha::ChaCha8Rng;
 use crate::{GgufTokenizer, Tokenizer};
 
 /// The metadata of SmolLM2-135M-Instruct.
-pub static SMOLLM2_GGUF: LazyLock<GgufTokenizer> = LazyLock::new(|| {
+pub static SMOLLM2_GGUF: LazyLock<GgufTokenizer> = LazyLock::new(|| fetched("SmolLM2-135M-Instruct.Q4_1.gguf"));
+
+pub static SMOLLM2: LazyLock<Arc<Tokenizer>> = LazyLock::new(|| Arc::new(Tokenizer::from_gguf(&SMOLLM2_GGUF).unwrap()));
+
+/// Of Gemma 3 270M: SentencePiece with 262144 tokens.
+pub static GEMMA3: LazyLock<Arc<Tokenizer>> =
+    LazyLock::new(|| Arc::new(Tokenizer::from_gguf(&fetched("gemma-3-270m-q4_k_m.gguf")).unwrap()));
+
+/// The tokenizer of a model that the setup script fetches.
+fn fetched(model: &str) -> GgufTokenizer {
     let cache = std::env::var_os("TORUS_CACHE").map(PathBuf::from).unwrap_or_else(|| {
         let base = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
         base.unwrap_or_else(|| PathBuf::from(std::env::var_os("HOME").unwrap()).join(".cache")).join("torus")
     });
-    let path = cache.join("models/SmolLM2-135M-Instruct.Q4_1.gguf");
+    let path = cache.join("models").join(model);
     let file =
         File::open(&path).unwrap_or_else(|error| panic!("{}: {error}; run `.make/setup.sh test`", path.display()));
     read_gguf_tokenizer(&mut BufReader::new(file)).unwrap()
-});
-
-pub static SMOLLM2: LazyLock<Arc<Tokenizer>> = LazyLock::new(|| Arc::new(Tokenizer::from_gguf(&SMOLLM2_GGUF).unwrap()));
+}
 
 /// A SentencePiece tokenizer that knows a few English words and spells everything else in bytes.
 pub static BYTE_FALLBACK: LazyLock<Arc<Tokenizer>> =
@@ -111,11 +118,17 @@ fn read_gguf_tokenizer(file: &mut impl Read) -> io::Result<GgufTokenizer> {
             "ggml.tokens" => gguf.tokens = value.strings,
             "ggml.merges" => gguf.merges = Some(value.strings),
             "ggml.token_type" => gguf.token_types = Some(value.numbers.iter().map(|&n| n as i32).collect()),
+            "ggml.scores" => {
+                gguf.scores = Some(value.numbers.iter().map(|&n| f32::from_bits(n as u32)).collect());
+            }
             "ggml.bos_token_id" => gguf.bos_id = Some(value.numbers[0] as u32),
             "ggml.eos_token_id" => gguf.eos_id = Some(value.numbers[0] as u32),
             "ggml.unknown_token_id" => gguf.unknown_id = Some(value.numbers[0] as u32),
             "ggml.padding_token_id" => gguf.padding_id = Some(value.numbers[0] as u32),
             "ggml.add_bos_token" => gguf.add_bos = Some(value.numbers[0] != 0),
+            "ggml.add_eos_token" => gguf.add_eos = Some(value.numbers[0] != 0),
+            // Of models that compare two texts.
+            "ggml.add_sep_token" => {}
             "ggml.add_space_prefix" => gguf.add_space_prefix = Some(value.numbers[0] != 0),
             "chat_template" => gguf.chat_template = Some(value.strings.concat()),
             other => panic!("unexpected key tokenizer.{other}"),

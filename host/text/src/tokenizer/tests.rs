@@ -5,7 +5,7 @@ use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
 
 use super::*;
-use crate::testing::{BYTE_FALLBACK, SMOLLM2, SMOLLM2_GGUF, byte_fallback_gguf, random_tokens};
+use crate::testing::{BYTE_FALLBACK, GEMMA3, SMOLLM2, SMOLLM2_GGUF, byte_fallback_gguf, random_tokens};
 
 fn ids(value: &Value) -> Vec<u32> {
     serde_json::from_value(value.clone()).unwrap()
@@ -21,6 +21,30 @@ fn smollm2_tokenizes_as_the_reference_does() {
         assert_eq!(SMOLLM2.decode(&ids(&case["input_ids"]), false), prompt);
         assert_eq!(SMOLLM2.decode(&ids(&case["greedy_ids"]), true), case["greedy_text"].as_str().unwrap());
     }
+}
+
+#[test]
+fn gemma3_tokenizes_as_the_reference_does() {
+    let cases: Vec<Value> = serde_json::from_str(include_str!("../../testdata/gemma3-golden.json")).unwrap();
+    assert!(cases.len() >= 5);
+    for case in &cases {
+        let prompt = case["prompt"].as_str().unwrap();
+        assert_eq!(GEMMA3.encode(prompt, true).unwrap(), ids(&case["input_ids"]), "{prompt:?}");
+        assert_eq!(GEMMA3.decode(&ids(&case["input_ids"]), true), prompt);
+        assert_eq!(GEMMA3.decode(&ids(&case["greedy_ids"]), true), case["greedy_text"].as_str().unwrap());
+    }
+}
+
+#[test]
+fn gemma3_special_tokens() {
+    let id = |name| GEMMA3.token_to_id(name).unwrap();
+    assert_eq!((GEMMA3.vocab_size(), GEMMA3.bos_id(), GEMMA3.adds_bos()), (262_144, Some(2), true));
+    assert_eq!(GEMMA3.end_ids(), [id("<eos>"), id("<end_of_turn>")]);
+    assert_eq!(GEMMA3.token_to_string(id("▁the")), " the");
+    assert!(GEMMA3.is_special(id("<start_of_turn>")) && !GEMMA3.is_special(id("\n\n")));
+    // Runs of line ends and of spaces are tokens of their own, and no space is put before a text.
+    assert_eq!(GEMMA3.encode("a\n\n    b", false).unwrap(), [id("a"), id("\n\n"), id("    "), id("b")]);
+    assert!(GEMMA3.chat_template().is_none(), "it is no chat model");
 }
 
 #[test]
@@ -62,7 +86,7 @@ fn text_survives_the_round_trip() {
         "a\u{300}\u{301}\u{302}\u{303}",
     ];
     for text in texts {
-        for tokenizer in [&*SMOLLM2, &*BYTE_FALLBACK] {
+        for tokenizer in [&*SMOLLM2, &*BYTE_FALLBACK, &*GEMMA3] {
             let ids = tokenizer.encode(text, false).unwrap();
             assert_eq!(tokenizer.decode(&ids, false), text);
         }
