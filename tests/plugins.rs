@@ -20,14 +20,14 @@ fn stock_plugins_load_from_shared_libraries_and_answer() {
     let folder = tempfile::tempdir().unwrap();
     let cache = LibraryCache::new(folder.path());
     let mut registry = Registry::default();
-    for name in ["torus_model_llama", "torus_model_qwen", "torus_attention_native"] {
+    for name in ["torus_model_llama", "torus_model_qwen", "torus_model_gemma", "torus_attention_native"] {
         registry.load(&library(name), &cache).unwrap();
     }
     // The same file twice is one plugin.
     registry.load(&library("torus_model_llama"), &cache).unwrap();
     let names: Vec<_> = registry.plugins().iter().map(|plugin| plugin.name()).collect();
-    assert_eq!(names, ["llama", "qwen", "native"]);
-    assert!(registry.plugins()[2].attention().is_some());
+    assert_eq!(names, ["llama", "qwen", "gemma", "native"]);
+    assert!(registry.plugins()[3].attention().is_some());
 
     let config = json!({
         "architectures": ["LlamaForCausalLM"], "hidden_size": 12, "intermediate_size": 20, "vocab_size": 31,

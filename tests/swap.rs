@@ -15,6 +15,7 @@ use torus_engine::{
 };
 
 use crate::{
+    golden,
     server::{MODEL, Server, example_library, stock_library},
     support::{block_on, ready},
 };
@@ -119,6 +120,40 @@ fn fifty_chats_stream_on_while_plugins_are_swapped() {
         assert_eq!(listed["models"][0]["attention_backend"], "paged_attention", "{listed}");
         let llama = listed["plugins"].as_array().unwrap().iter().find(|plugin| plugin["name"] == "llama").unwrap();
         assert!(llama["path"].as_str().unwrap().ends_with("llama_b.so"), "{llama}");
+    });
+}
+
+#[test]
+fn a_family_that_the_server_did_not_know_takes_over_a_name() {
+    let examples = stock_library("torus_model_gemma").parent().unwrap().to_owned();
+    let [llama, native] = ["torus_model_llama", "torus_attention_native"].map(stock_library);
+    let sizes = ["--max-total-tokens", "2048", "--chunked-prefill-size", "16", "--max-running-requests", "4"];
+    let plugins = ["--no-linked-plugins", "--plugin-dir", examples.to_str().unwrap()];
+    let files = ["--plugin", llama.to_str().unwrap(), "--plugin", native.to_str().unwrap()];
+    block_on(async {
+        let options = [&sizes[..], &plugins, &files].concat();
+        let server = Server::start_with(&crate::support::smollm2(), &options).await;
+        let gemma = json!({"model": "gemma", "model_path": crate::support::gemma3()});
+        let request =
+            server.client.post(format!("{}/v1/models/load", server.url)).bearer_auth(crate::server::ADMIN_KEY);
+        let unknown = request.json(&gemma).send().await.unwrap();
+        assert_eq!(unknown.status().as_u16(), 422, "no plugin serves Gemma yet");
+        server.change("/v1/plugins", &json!({"file": "libtorus_model_gemma.so"})).await;
+        server.change("/v1/models/load", &gemma).await;
+        let golden = &golden::cases(include_str!("data/gemma3-270m.json"))[0];
+        let ask = |model: &str| {
+            let sampling = json!({"temperature": 0, "max_new_tokens": 8, "ignore_eos": true});
+            json!({"model": model, "input_ids": golden.prompt, "sampling_params": sampling})
+        };
+        let clear = golden.tokens.len().min(8);
+        let expected = json!(golden.tokens[..clear]);
+        let found = server.post_json("/generate", &ask("gemma")).await["output_ids"].clone();
+        assert_eq!(json!(found.as_array().unwrap()[..clear]), expected);
+        server.change("/v1/models/swap", &json!({"model": MODEL, "with": "gemma"})).await;
+        assert_eq!(server.post_json("/generate", &ask(MODEL)).await["output_ids"], found);
+        let listed = server.plugins().await;
+        assert_eq!(listed["models"].as_array().unwrap().len(), 1, "{listed}");
+        assert_eq!(listed["models"][0]["names"], json!([MODEL, "gemma"]));
     });
 }
 

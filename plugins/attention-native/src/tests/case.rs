@@ -92,8 +92,8 @@ impl Case {
         assert_close(&attended[..tokens * width], &expected.0, if self.dtype == DType::Bf16 { 2e-2 } else { 1e-5 });
         assert!(attended.iter().all(|value| value.is_finite()), "padding is not finite");
         let trash = self.page_size * self.kv_heads * self.head_dim;
-        for part in 0..2 {
-            assert_eq!(pool[part][trash..], expected.1[part][trash..]);
+        for (found, expected) in pool.iter().zip(&expected.1) {
+            assert_eq!(found[trash..], expected[trash..]);
         }
     }
 
