@@ -6,6 +6,7 @@ mod architecture;
 mod authoring;
 mod engine;
 mod families;
+mod faults;
 mod gemma;
 mod golden;
 mod http;

@@ -70,10 +70,16 @@ impl Server {
 
     /// Starts a server with any model.
     pub async fn start_with(model: &Path, options: &[&str]) -> Self {
+        let model = ["--served-model-name", MODEL, "--model-path", model.to_str().unwrap()];
+        Self::start_models(&[&model, options].concat()).await
+    }
+
+    /// Starts a server with the models that the options name.
+    pub async fn start_models(options: &[&str]) -> Self {
         let port = free_port();
         let mut command = Command::new(torus());
-        command.args(["serve", "--served-model-name", MODEL, "--host", "127.0.0.1", "--dtype", "float32"]);
-        command.arg("--model-path").arg(model).args(["--port", &port.to_string(), "--admin-api-key", ADMIN_KEY]);
+        command.args(["serve", "--host", "127.0.0.1", "--dtype", "float32"]);
+        command.args(["--port", &port.to_string(), "--admin-api-key", ADMIN_KEY]);
         command.args(options);
         command.env("TORUS_CACHE", fetched("models").parent().unwrap());
         let mut child = command.stdin(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();

@@ -79,6 +79,8 @@ fn fifty_chats_stream_on_while_plugins_are_swapped() {
     let plugins = plugin_folder();
     let paged = example_library("paged_attention");
     fs::copy(&paged, plugins.path().join("paged.so")).unwrap();
+    // One whose kernel is native code of the plugin.
+    fs::copy(example_library("native_loop"), plugins.path().join("native_loop.so")).unwrap();
     let folder = plugins.path().to_str().unwrap().to_owned();
     block_on(async {
         let sizes = ["--max-total-tokens", "8192", "--chunked-prefill-size", "32", "--max-running-requests", "16"];
@@ -101,12 +103,16 @@ fn fifty_chats_stream_on_while_plugins_are_swapped() {
         });
         let swaps = async {
             let mut spanning = 0;
-            for (plugin, attention) in
-                [("llama_a.so", None), ("llama_b.so", None), ("paged.so", Some("paged_attention"))]
-            {
+            let rounds = [
+                ("llama_a.so", "native"),
+                ("llama_b.so", "native"),
+                ("native_loop.so", "native-loop"),
+                ("paged.so", "paged_attention"),
+            ];
+            for (plugin, attention) in rounds {
                 let loaded = server.change("/v1/plugins", &json!({"file": plugin})).await;
                 assert_eq!(loaded["status"], "loaded");
-                let swap = json!({"model": MODEL, "attention_backend": attention.unwrap_or("native")});
+                let swap = json!({"model": MODEL, "attention_backend": attention});
                 let swapped = server.change("/v1/models/swap", &swap).await;
                 spanning += swapped["retiring"].as_array().unwrap().iter().map(requests_of).sum::<u64>();
             }
@@ -351,4 +357,43 @@ fn an_engine_that_does_not_fit_waits_for_the_one_it_replaces_or_says_so() {
     until(&abandoned, &|stage| matches!(stage, Readiness::WaitingForMemory { .. }));
     drop((abandoned, successor));
     assert_eq!(budget.free_bytes(), budget.total_bytes());
+}
+
+#[test]
+fn several_models_are_served_by_name_with_their_shares_of_the_memory() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = tiny_model(folder.path());
+    let other = folder.path().join("other");
+    fs::create_dir(&other).unwrap();
+    for file in fs::read_dir(&model).unwrap() {
+        let file = file.unwrap();
+        fs::copy(file.path(), other.join(file.file_name())).unwrap();
+    }
+    // The same words under other weights.
+    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/llama/multi-head-tied");
+    for file in ["config.json", "model.safetensors"] {
+        fs::copy(data.join(file), other.join(file)).unwrap();
+    }
+    let sizes = ["--max-total-tokens", "256", "--chunked-prefill-size", "2", "--max-running-requests", "2"];
+    let models = [format!("a={},mem=0.5", model.display()), format!("b={}", other.display())];
+    let options = [&sizes[..], &["--page-size", "4", "--model", &models[0], "--model", &models[1]]].concat();
+    block_on(async {
+        let server = Server::start_models(&options).await;
+        let listed = server.get_json("/v1/models").await;
+        let ids: Vec<_> = listed["data"].as_array().unwrap().iter().map(|model| model["id"].clone()).collect();
+        assert_eq!(ids, ["a", "b"]);
+        let ask = |model: &str| {
+            let sampling = json!({"temperature": 0, "max_new_tokens": 12, "ignore_eos": true});
+            json!({"model": model, "text": "t5 t9 t7", "sampling_params": sampling})
+        };
+        let says = async |model: &str| server.post_json("/generate", &ask(model)).await["output_ids"].clone();
+        let (a, b) = (says("a").await, says("b").await);
+        assert_ne!(a, b);
+        assert_eq!(says("default").await, a, "the first is the default");
+        let unknown = server.post("/generate", &ask("c")).await;
+        assert_eq!(unknown.status().as_u16(), 404);
+        // What is left of the names after one is gone.
+        server.change("/v1/models/unload", &json!({"model": "a"})).await;
+        assert_eq!(says("default").await, b);
+    });
 }

@@ -374,7 +374,12 @@ fn compile(
             return Err(StartError::Cancelled);
         }
         let program = assembler.program(plan.shape(*tokens, plan.max_running), *rows)?;
-        let executable = compiler.compile(&format!("step of {tokens} tokens"), &program.text)?;
+        let name = format!(
+            "a step of {tokens} tokens with plugins '{}' and '{}'",
+            assembler.model.plugin(),
+            assembler.attention.plugin()
+        );
+        let executable = compiler.compile(&name, &program.text)?;
         Ok(Bucket { layout: program.layout, executable: Arc::new(executable) })
     };
     let done = |done| {
@@ -395,10 +400,10 @@ fn compile(
         Ok(compiler.compile(name, &text?)?)
     };
     let loaders = Loaders {
-        initial_state: loader("initial state", initial_state(&arguments))?,
-        load_counts: loader("load counts", load_row(&arguments.rows.token_counts))?,
-        load_bias: loader("load bias", load_row(&arguments.rows.bias))?,
-        load_pages: loader("load pages", load_pages(&arguments.rows.page_table))?,
+        initial_state: loader("the initial state", initial_state(&arguments))?,
+        load_counts: loader("the token counts of a slot", load_row(&arguments.rows.token_counts))?,
+        load_bias: loader("the biases of a slot", load_row(&arguments.rows.bias))?,
+        load_pages: loader("the page table", load_pages(&arguments.rows.page_table))?,
     };
     Ok(Programs { loaders, buckets, prompt_logprobs })
 }

@@ -79,8 +79,8 @@ pub enum LinkError {
     UnknownKernel { plugin: String, function: String, kernel: String },
     #[error("plugin '{plugin}' imports '{operation}', which this server does not have, and gives no default for it")]
     UnknownOperation { plugin: String, operation: String },
-    #[error("'{symbol}': {what} are {found:?}, expected {expected:?}")]
-    Signature { symbol: String, what: &'static str, found: Vec<TensorType>, expected: Vec<TensorType> },
+    #[error("plugin '{plugin}': '{symbol}': {what} are {found:?}, expected {expected:?}")]
+    Signature { plugin: String, symbol: String, what: &'static str, found: Vec<TensorType>, expected: Vec<TensorType> },
     #[error("plugin '{plugin}': {message}")]
     Malformed { plugin: String, message: String },
 }

@@ -134,7 +134,7 @@ impl Linker<'_> {
         match found.definition {
             Definition::Function(function) => self.take(bind_kernels(function.clone(), plugin, kernels)?, plugin),
             Definition::Import(import) => match implement(import)? {
-                Implementation::Functions(functions) => self.take_implementation(import, functions),
+                Implementation::Functions(functions) => self.take_implementation(import, functions, plugin),
                 Implementation::Alias(target) => self.take_alias(import, &target),
                 Implementation::Default => {
                     let default = import.default.clone().ok_or_else(|| LinkError::UnknownOperation {
@@ -164,14 +164,19 @@ impl Linker<'_> {
     }
 
     /// Links the host's own functions for an import. They call only one another.
-    fn take_implementation(&mut self, import: &Import, functions: Vec<Function>) -> Result<(), LinkError> {
+    fn take_implementation(
+        &mut self,
+        import: &Import,
+        functions: Vec<Function>,
+        plugin: &str,
+    ) -> Result<(), LinkError> {
         let entry = functions.iter().find(|function| function.symbol == import.symbol);
         let entry = entry.ok_or_else(|| LinkError::Malformed {
             plugin: "host".into(),
             message: format!("its implementation of '{}' has no function of that name", import.symbol),
         })?;
-        check(&import.symbol, "the arguments", &entry.arguments, &import.arguments)?;
-        check(&import.symbol, "the results", &entry.results, &import.results)?;
+        check(plugin, &import.symbol, "the arguments", &entry.arguments, &import.arguments)?;
+        check(plugin, &import.symbol, "the results", &entry.results, &import.results)?;
         for function in functions {
             if function.symbol == import.symbol || self.taken.insert(function.symbol.clone()) {
                 self.linked.push(function);
@@ -182,20 +187,19 @@ impl Linker<'_> {
 
     /// Makes the import's symbol call another function of the same signature.
     fn take_alias(&mut self, import: &Import, target: &str) -> Result<(), LinkError> {
-        let found = self.symbols.get(target).map(|symbol| symbol.definition);
-        let (arguments, results) = match found {
-            Some(Definition::Function(function)) => (&function.arguments, &function.results),
-            Some(Definition::Import(other)) => (&other.arguments, &other.results),
-            None => {
-                return Err(LinkError::UnresolvedCall {
-                    plugin: "host".into(),
-                    caller: import.symbol.clone(),
-                    symbol: target.to_owned(),
-                });
-            }
+        let Some(found) = self.symbols.get(target) else {
+            return Err(LinkError::UnresolvedCall {
+                plugin: "host".into(),
+                caller: import.symbol.clone(),
+                symbol: target.to_owned(),
+            });
         };
-        check(target, "the arguments", arguments, &import.arguments)?;
-        check(target, "the results", results, &import.results)?;
+        let (arguments, results) = match found.definition {
+            Definition::Function(function) => (&function.arguments, &function.results),
+            Definition::Import(other) => (&other.arguments, &other.results),
+        };
+        check(found.plugin, target, "the arguments", arguments, &import.arguments)?;
+        check(found.plugin, target, "the results", results, &import.results)?;
         self.linked.push(forward(import, target));
         self.want(target);
         Ok(())
@@ -216,11 +220,23 @@ fn bind_kernels(mut function: Function, plugin: &str, kernels: Option<&Kernels>)
     Ok(function)
 }
 
-fn check(symbol: &str, what: &'static str, found: &[TensorType], expected: &[TensorType]) -> Result<(), LinkError> {
+fn check(
+    plugin: &str,
+    symbol: &str,
+    what: &'static str,
+    found: &[TensorType],
+    expected: &[TensorType],
+) -> Result<(), LinkError> {
     if found == expected {
         return Ok(());
     }
-    Err(LinkError::Signature { symbol: symbol.to_owned(), what, found: found.to_vec(), expected: expected.to_vec() })
+    Err(LinkError::Signature {
+        plugin: plugin.to_owned(),
+        symbol: symbol.to_owned(),
+        what,
+        found: found.to_vec(),
+        expected: expected.to_vec(),
+    })
 }
 
 /// The name an operation has in messages: the `op` tag of its JSON.

@@ -290,8 +290,8 @@ fn run_row(device: &mut Device, row: &Row, expected: &Expected, page_size: usize
         assert_eq!(row.tokens, tokens[row.start..end]);
     }
     let place = |position: usize| (table[position / page_size], position % page_size);
-    for position in row.start..end {
-        device.memory.insert(place(position), hashes[position]);
+    for (position, hash) in hashes.iter().enumerate().take(end).skip(row.start) {
+        device.memory.insert(place(position), *hash);
     }
     for (position, hash) in hashes[..end].iter().enumerate() {
         assert_eq!(device.memory.get(&place(position)), Some(hash), "position {position} of {:?}", row.request);

@@ -29,7 +29,7 @@ pub(crate) struct Compiler<'a> {
 
 /// A program that could not be compiled.
 #[derive(Debug, thiserror::Error)]
-#[error("the program '{name}' does not compile: {source}")]
+#[error("the program for {name} does not compile: {source}")]
 pub struct CompileError {
     name: String,
     source: PjrtError,
