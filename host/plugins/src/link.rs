@@ -384,7 +384,7 @@ mod tests {
         assert!(functions[1].text.contains("callee = @b.attention"), "{}", functions[1].text);
         let misfit = b("bf16[2]");
         let error = linked(&[unit("a", &a), unit("b", &misfit)], alias).unwrap_err();
-        assert_eq!(error.to_string(), "'b.attention': the arguments are [bf16[2]], expected [f32[2]]");
+        assert_eq!(error.to_string(), "plugin 'b': 'b.attention': the arguments are [bf16[2]], expected [f32[2]]");
     }
 
     #[test]
