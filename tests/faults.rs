@@ -65,7 +65,7 @@ fn each_fails_the_load_with_the_plugins_name() {
     };
     for (page_size, reason) in [
         (DOES_NOT_PARSE, "does not compile"),
-        (OTHER_SIGNATURE, "results"),
+        (OTHER_SIGNATURE, "part 0 of its context is i32[2,2], and it promised i32[2]"),
         (PANICS, "panicked: out of ideas"),
         (REFUSES, "not on a Monday"),
         (HAS_NO_EXPORT, "exports no 'attention'"),

@@ -364,8 +364,21 @@ impl Parts<'_> {
     }
 
     /// Contexts come out of each kind's fragment under the kind the plugin was told.
+    /// Makes the context of each kind of layers; its types are those that the backend has promised to the model.
     fn call_contexts<'f>(&self, func: &'f Func<'f>, scope: &mut Scope<'f>) -> Result<(), LinkError> {
-        self.attention.iter().try_for_each(|unit| scope.call(func, *unit, "context"))
+        for (kind, (unit, (_, answer))) in self.attention.iter().zip(self.answers).enumerate() {
+            scope.call(func, *unit, "context")?;
+            for (part, promised) in answer.context.iter().enumerate() {
+                let found = scope.require(Operand::Context { kind, part }, *unit, "context")?.shape().tensor_type();
+                if found != *promised {
+                    return Err(LinkError::Malformed {
+                        plugin: unit.plugin.to_owned(),
+                        message: format!("part {part} of its context is {found}, and it promised {promised}"),
+                    });
+                }
+            }
+        }
+        Ok(())
     }
 }
 
