@@ -16,7 +16,7 @@ use torus_engine::{
 
 use crate::{
     golden,
-    server::{MODEL, Server, example_library, stock_library},
+    server::{ADMIN_KEY, MODEL, Server, example_library, stock_library, torus},
     support::{block_on, ready},
 };
 
@@ -140,8 +140,7 @@ fn a_family_that_the_server_did_not_know_takes_over_a_name() {
         let options = [&sizes[..], &plugins, &files].concat();
         let server = Server::start_with(&crate::support::smollm2(), &options).await;
         let gemma = json!({"model": "gemma", "model_path": crate::support::gemma3()});
-        let request =
-            server.client.post(format!("{}/v1/models/load", server.url)).bearer_auth(crate::server::ADMIN_KEY);
+        let request = server.client.post(format!("{}/v1/models/load", server.url)).bearer_auth(ADMIN_KEY);
         let unknown = request.json(&gemma).send().await.unwrap();
         assert_eq!(unknown.status().as_u16(), 422, "no plugin serves Gemma yet");
         server.change("/v1/plugins", &json!({"file": "libtorus_model_gemma.so"})).await;
@@ -249,7 +248,7 @@ fn what_cannot_be_loaded_leaves_everything_as_it_was() {
         let before = server.plugins().await;
         let refused = async |path: &str, body: Value| {
             let request = server.client.post(format!("{}{path}", server.url)).json(&body);
-            let response = request.bearer_auth(crate::server::ADMIN_KEY).send().await.unwrap();
+            let response = request.bearer_auth(ADMIN_KEY).send().await.unwrap();
             (response.status().as_u16(), response.text().await.unwrap())
         };
         let pinned = json!({"file": "llama_a.so", "sha256": "00"});
@@ -396,4 +395,38 @@ fn several_models_are_served_by_name_with_their_shares_of_the_memory() {
         server.change("/v1/models/unload", &json!({"model": "a"})).await;
         assert_eq!(says("default").await, b);
     });
+}
+
+#[test]
+fn ctl_does_the_same_from_a_terminal() {
+    let folder = plugin_folder();
+    let model = tiny_model(folder.path());
+    let sizes = ["--max-total-tokens", "256", "--chunked-prefill-size", "2", "--max-running-requests", "2"];
+    let options = [&sizes[..], &["--page-size", "4", "--plugin-dir", folder.path().to_str().unwrap()]].concat();
+    let server = block_on(Server::start_with(&model, &options));
+    let ctl = |key: &str, arguments: &[&str]| {
+        let mut command = std::process::Command::new(torus());
+        command.args(["ctl", "--base-url", &server.url, "--admin-api-key", key]).args(arguments);
+        let output = command.output().unwrap();
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        (output.status.success(), text(&output.stdout), text(&output.stderr))
+    };
+    let done = |arguments: &[&str]| {
+        let (succeeded, output, errors) = ctl(ADMIN_KEY, arguments);
+        assert!(succeeded, "{arguments:?}: {errors}");
+        output
+    };
+    assert!(done(&["ls"]).contains(&format!("model {MODEL}: ready")));
+    assert!(done(&["load-plugin", "llama_a.so"]).starts_with("loaded: plugin llama"));
+    let loaded = done(&["load", "other", "--model-path", model.to_str().unwrap(), "--page-size", "8"]);
+    assert!(loaded.starts_with("loaded: "), "{loaded}");
+    let swapped: Value = serde_json::from_str(&done(&["swap", MODEL, "--swap-mode", "drain", "--json"])).unwrap();
+    assert_eq!((&swapped["status"], &swapped["retiring"]), (&json!("swapped"), &json!([])));
+    assert!(done(&["swap", MODEL, "--with", "other"]).starts_with("swapped: "));
+    assert!(done(&["unload", MODEL]).starts_with("unloaded"));
+    assert!(!done(&["ls"]).contains("model "), "both names are gone");
+    let (succeeded, _, errors) = ctl("wrong", &["ls"]);
+    assert!(!succeeded && errors.contains("Incorrect API key"), "{errors}");
+    let (succeeded, _, errors) = ctl(ADMIN_KEY, &["swap", MODEL]);
+    assert!(!succeeded && errors.contains("does not exist"), "{errors}");
 }
