@@ -4,6 +4,7 @@
 mod abi;
 mod architecture;
 mod authoring;
+mod check;
 mod engine;
 mod families;
 mod faults;

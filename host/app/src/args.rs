@@ -75,15 +75,42 @@ pub struct PluginsCheckArgs {
     /// The plugin's shared library
     #[arg(value_name = "FILE")]
     pub file: PathBuf,
-    /// Library that drives the CPU, to compile and run what an attention plugin emits
+    /// What to compile for. On a CPU it is run too; for a TPU, which need not be there, memory and the compiler's estimates
+    /// are reported
+    #[arg(long, value_name = "TARGET", default_value = "cpu")]
+    pub target: CheckTarget,
+    /// The config.json of a checkpoint, best a small one, to check a model plugin's weights, fragments and numbers with
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Library that drives the target
     #[arg(long, value_name = "FILE", env = "TORUS_PJRT_PLUGIN", hide_env_values = true)]
     pub pjrt_plugin: Option<PathBuf>,
     /// Folder for copies of plugins
     #[arg(long, value_name = "FOLDER", env = "TORUS_CACHE", hide_env_values = true)]
     pub cache_dir: Option<PathBuf>,
-    /// Print JSON
+    /// Print JSON: a list of findings with check, outcome (passed, failed, declined, skipped), detail, and what was
+    /// measured
     #[arg(long)]
     pub json: bool,
+}
+
+/// `torus plugins check --target`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum CheckTarget {
+    Cpu,
+    V6e,
+    Tpu7x,
+}
+
+impl CheckTarget {
+    /// The smallest topology of a TPU, as libtpu names it.
+    pub fn topology(self) -> Option<&'static str> {
+        match self {
+            CheckTarget::Cpu => None,
+            CheckTarget::V6e => Some("v6e:1x1"),
+            CheckTarget::Tpu7x => Some("tpu7x:1x1x1"),
+        }
+    }
 }
 
 #[derive(Debug, clap::Args)]

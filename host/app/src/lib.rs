@@ -33,7 +33,7 @@ use torus_model_llama as _;
 use torus_model_qwen as _;
 
 use crate::{
-    args::{Cli, Command, EngineArgs, refuse},
+    args::{Cli, Command, EngineArgs, PluginsCommand, refuse},
     limits::Limits,
 };
 
@@ -51,6 +51,12 @@ pub fn main() -> ExitCode {
         && let Err(refused) = refuse::check(args)
     {
         return usage_error(&refused);
+    }
+    if let Command::Plugins(PluginsCommand::Check(args)) = &cli.command
+        && args.target.topology().is_some()
+    {
+        // SAFETY: this process has no other thread yet.
+        unsafe { torus_pjrt::prepare_libtpu_environment() };
     }
     let threads = cli.command.engine_args().and_then(|args| args.device.threads);
     prepare_xla_environment(threads.unwrap_or_else(|| limits.cpus()));

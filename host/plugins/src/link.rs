@@ -206,6 +206,13 @@ impl Linker<'_> {
     }
 }
 
+/// A fragment whose kernels are whole targets, for who links it by other means.
+pub fn bind(unit: Unit<'_>) -> Result<Fragment, LinkError> {
+    let bind = |function: &Function| bind_kernels(function.clone(), unit.plugin, unit.kernels);
+    let functions = unit.fragment.functions.iter().map(bind).collect::<Result<_, _>>()?;
+    Ok(Fragment { functions, ..unit.fragment.clone() })
+}
+
 /// Puts the plugin's namespace into the targets of the kernels that the function lists.
 fn bind_kernels(mut function: Function, plugin: &str, kernels: Option<&Kernels>) -> Result<Function, LinkError> {
     for kernel in &mut function.kernels {
