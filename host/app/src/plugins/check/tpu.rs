@@ -113,7 +113,7 @@ impl Tpu {
         {
             // Below 0 where the compiler cannot tell, such as for loops of unknown length.
             let estimate = cost.get(name).and_then(|value| value.as_float()).filter(|estimate| *estimate >= 0.0);
-            measured.extend(estimate.map(|estimate| (key, f64::from(estimate))));
+            measured.extend(estimate.map(|estimate| (key, estimate)));
         }
         Ok(measured)
     }
