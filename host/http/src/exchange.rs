@@ -103,7 +103,7 @@ impl Exchange {
         mode: SwapMode,
         drain_timeout: Duration,
     ) -> Result<Arc<Model>, ApiError> {
-        let old = self.serving(name)?;
+        let (name, old) = self.serving(name)?;
         let Some((base, old_recipe)) = old.origin.clone() else {
             return Err(ApiError::bad_request("model", format!("the model '{name}' cannot be loaded again")));
         };
@@ -117,19 +117,19 @@ impl Exchange {
         let (new, _) = self.start(&recipe, request, label, released_bytes).await?;
         if released_bytes > 0 {
             self.until(&new, |stage| matches!(stage, Readiness::WaitingForMemory { .. } | Readiness::Ready)).await?;
-            return self.replace_drained(name, old, old_recipe, new, drain_timeout).await;
+            return self.replace_drained(&name, old, old_recipe, new, drain_timeout).await;
         }
         self.until_ready(&new).await?;
-        self.app.models.replace(name, Serving::Model(new.clone()));
+        self.app.models.replace(&name, Serving::Model(new.clone()));
         tracing::info!(model = name, old = old.generation, new = new.generation, "model swapped");
         Ok(new)
     }
 
     /// Lets `taker`, which is loaded already, take over the names of `name`.
     pub fn take_over(&self, name: &str, taker: &str) -> Result<Arc<Model>, ApiError> {
-        self.serving(name)?;
-        let new = self.serving(taker).map_err(|error| ApiError { param: Some("with".into()), ..error })?;
-        if !self.app.models.take_over(name, taker) {
+        let (name, _) = self.serving(name)?;
+        let (taker, new) = self.serving(taker).map_err(|error| ApiError { param: Some("with".into()), ..error })?;
+        if !self.app.models.take_over(&name, &taker) {
             return Err(ApiError::bad_request("with", format!("'{name}' and '{taker}' are the same model")));
         }
         tracing::info!(model = name, taken_by = taker, generation = new.generation, "model swapped");
@@ -138,13 +138,14 @@ impl Exchange {
 
     /// Takes a model out of service. Its requests end as they would have.
     pub fn unload(&self, name: &str) -> Result<(), ApiError> {
-        self.app.models.entry(name).ok_or_else(|| ApiError::unknown_model(name))?;
-        self.app.models.remove(name);
+        let entry = self.app.models.entry(name).ok_or_else(|| ApiError::unknown_model(name))?;
+        self.app.models.remove(entry.id());
         tracing::info!(model = name, "model unloaded");
         Ok(())
     }
 
-    /// The second half of a swap in mode `drain`: the new generation is ready but for its weights.
+    /// The second half of a swap in mode `drain`: the new generation is ready but for its weights. The caller keeps no
+    /// reference to `old`, whose end is waited for.
     async fn replace_drained(
         &self,
         name: &str,
@@ -187,9 +188,12 @@ impl Exchange {
         Err(failed)
     }
 
-    fn serving(&self, name: &str) -> Result<Arc<Model>, ApiError> {
+    /// The model that `name` stands for, with the first of its names: `default` is not one of them.
+    fn serving(&self, name: &str) -> Result<(String, Arc<Model>), ApiError> {
         let entry = self.app.models.entry(name).ok_or_else(|| ApiError::unknown_model(name))?;
-        entry.model().cloned().ok_or_else(|| ApiError::conflict(format!("the model '{name}' is not served")))
+        let model = entry.model().cloned();
+        let model = model.ok_or_else(|| ApiError::conflict(format!("the model '{name}' is not served")))?;
+        Ok((entry.id().to_owned(), model))
     }
 
     fn check_free(&self, name: &str) -> Result<(), ApiError> {

@@ -213,6 +213,17 @@ async fn requests_finish_on_the_generation_they_began_with() {
 }
 
 #[tokio::test]
+async fn the_default_model_is_swapped_and_unloaded_under_that_name_too() {
+    let (server, operator) = server().await;
+    operator.will_say("new");
+    let (status, answer) = admin(&server, "/v1/models/swap", json!({"model": "default"})).await;
+    assert_eq!((status, &answer["status"]), (200, &json!("swapped")), "{answer}");
+    assert_eq!((says(&server, MODEL).await, says(&server, "default").await), ("new".into(), "new".into()));
+    assert_eq!(admin(&server, "/v1/models/unload", json!({"model": "default"})).await.0, 200);
+    assert_eq!(listed(&server).await["models"], json!([]));
+}
+
+#[tokio::test]
 async fn a_swap_that_fails_leaves_the_old_generation_serving() {
     let (server, operator) = server().await;
     operator.will_say("new").set_readiness(Readiness::Failed { message: "plugin 'x' panicked".into() });
