@@ -28,6 +28,9 @@ pub fn run(args: &PluginsCheckArgs) -> anyhow::Result<ExitCode> {
     match Registry::default().load(&args.file, &LibraryCache::new(cache.libraries())) {
         Ok(plugin) => {
             report.passed("load", summary(&plugin));
+            if config.is_some() && plugin.model().is_none() {
+                report.failed("--config", "the plugin offers no model that it could be the config of; leave it out");
+            }
             let checked = match args.target {
                 CheckTarget::Cpu => on_cpu(&plugin, config.as_ref(), &cache, args.pjrt_plugin.as_deref()),
                 target => tpu::check(&plugin, config.as_ref(), &cache, args.pjrt_plugin.as_deref(), target),

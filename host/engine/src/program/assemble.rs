@@ -363,7 +363,6 @@ impl Parts<'_> {
         scope.set(Operand::Positions, packed.get(Field::Positions, TOKENS));
     }
 
-    /// Contexts come out of each kind's fragment under the kind the plugin was told.
     /// Makes the context of each kind of layers; its types are those that the backend has promised to the model.
     fn call_contexts<'f>(&self, func: &'f Func<'f>, scope: &mut Scope<'f>) -> Result<(), LinkError> {
         for (kind, (unit, (_, answer))) in self.attention.iter().zip(self.answers).enumerate() {
