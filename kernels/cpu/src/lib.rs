@@ -1,0 +1,19 @@
+//! Kernels for CPUs: linear layers over packed weights, paged attention, the small operations around them, sampling.
+//!
+//! Each kernel is a safe function over slices, with a code path for each [`Level`] of the machine, chosen at run time.
+//! [`ffi`] wraps them as the native functions that a step program calls.
+//!
+//! Not here: which kernel serves which import of a program (the engine says so), who starts threads (the host; kernels
+//! ask it through `torus_abi::kernel::parallel_for`), reading model files.
+//!
+//! Invariants:
+//! - No kernel calls a BLAS, takes a lock, or allocates once its thread's [`workspace`] has grown to the largest call.
+//! - All levels compute the same function; each is tested against a plain reference, and can be forced.
+//! - Results do not depend on how many threads there are, as far as each output element is summed by one of them.
+
+mod error;
+mod level;
+pub mod packed;
+
+pub use error::PackError;
+pub use level::{Level, level};
