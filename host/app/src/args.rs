@@ -16,7 +16,9 @@ pub use engine::{EngineArgs, ModelArgs, PluginArgs, ScheduleArgs};
 pub use generate::GenerateArgs;
 pub use models::ModelSpec;
 pub use serve::ServeArgs;
-pub use values::{ChunkSize, Device, Dtype, LogArgs, LogFormat, LogLevel, Policy, fraction};
+pub use values::{
+    ChunkSize, Device, Dtype, KvCacheDtype, LogArgs, LogFormat, LogLevel, Policy, Quantization, Switch, fraction,
+};
 
 use std::path::PathBuf;
 
@@ -41,11 +43,52 @@ pub enum Command {
     Ctl(Box<CtlArgs>),
     /// Say what this machine offers, and what to do where something is missing
     CheckEnv(CheckEnvArgs),
-    /// Measure a server
+    /// Measure a server, or its parts
     #[command(subcommand)]
-    Bench(torus_bench::Bench),
+    Bench(BenchCommand),
     /// Print versions
     Version,
+}
+
+#[derive(Debug, clap::Subcommand)]
+pub enum BenchCommand {
+    #[command(flatten)]
+    OverHttp(torus_bench::Bench),
+    /// Time an engine's steps in this process, beside a sum over the bytes of weights that a step reads
+    Step(Box<StepBenchArgs>),
+}
+
+/// Options of `torus bench step`.
+#[derive(Debug, clap::Args)]
+pub struct StepBenchArgs {
+    /// Sequences that decode together
+    #[arg(long, value_name = "N", num_args = 1.., value_delimiter = ',', default_value = "1", help_heading = "Cases")]
+    pub batch_size: Vec<usize>,
+    /// Tokens that each has in the cache at first
+    #[arg(long, value_name = "TOKENS", default_value_t = 128, help_heading = "Cases")]
+    pub context: usize,
+    /// Tokens that each generates in a round
+    #[arg(long, value_name = "N", default_value_t = 32, help_heading = "Cases")]
+    pub steps: usize,
+    /// Rounds, each followed by sums
+    #[arg(long, value_name = "N", default_value_t = 8, help_heading = "Cases")]
+    pub rounds: usize,
+    /// Seed of the prompts
+    #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Cases")]
+    pub seed: u64,
+    /// Print where a decode step's time goes: kernels, the rest of XLA, the host
+    #[arg(long, help_heading = "Output")]
+    pub profile: bool,
+    /// Folder for Chrome traces of the rounds
+    #[arg(long, value_name = "FOLDER", help_heading = "Output")]
+    pub trace_dir: Option<PathBuf>,
+    /// Print a line of JSON for each batch size
+    #[arg(long, help_heading = "Output")]
+    pub json: bool,
+    #[command(flatten)]
+    pub log: LogArgs,
+    #[command(flatten)]
+    pub engine: EngineArgs,
 }
 
 #[derive(Debug, clap::Subcommand)]

@@ -6,12 +6,12 @@ use anyhow::ensure;
 use torus_engine::{
     MemoryBudget,
     api::Engine,
-    config::{DeviceConfig, DtypeChoice, EngineConfig, MemoryConfig, Platform, ScheduleConfig},
+    config::{DeviceConfig, DtypeChoice, EngineConfig, KvCacheDtype, MemoryConfig, Platform, ScheduleConfig},
 };
 use torus_plugins::Registry;
 
 use crate::{
-    args::{ChunkSize, Device, Dtype, EngineArgs, Policy, ScheduleArgs},
+    args::{self, ChunkSize, Device, Dtype, EngineArgs, Policy, Quantization, ScheduleArgs, Switch},
     cache_dir::CacheDir,
     limits::Limits,
     model::Model,
@@ -78,6 +78,14 @@ impl Machine {
                 Dtype::Float32 => DtypeChoice::Float32,
                 Dtype::Bfloat16 => DtypeChoice::Bfloat16,
             },
+            kv_cache_dtype: match args.model.kv_cache_dtype {
+                args::KvCacheDtype::Auto => KvCacheDtype::Auto,
+                args::KvCacheDtype::Float32 => KvCacheDtype::Float32,
+                args::KvCacheDtype::Bfloat16 => KvCacheDtype::Bfloat16,
+                args::KvCacheDtype::Int8 => KvCacheDtype::Int8,
+            },
+            quantize_int8: args.model.quantization == Some(Quantization::Int8),
+            cpu_kernels: args.device.cpu_kernels == Switch::On,
             attention_backend,
             context_length: args.model.context_length,
             memory: MemoryConfig {

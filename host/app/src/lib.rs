@@ -9,6 +9,7 @@
 //! - No code from a model's folder is ever run. Plugins are loaded from where the operator put them, and nowhere else.
 
 mod args;
+mod bench_step;
 mod cache_dir;
 mod check_env;
 mod ctl;
@@ -33,7 +34,7 @@ use torus_model_llama as _;
 use torus_model_qwen as _;
 
 use crate::{
-    args::{Cli, Command, EngineArgs, PluginsCommand, refuse},
+    args::{BenchCommand, Cli, Command, EngineArgs, PluginsCommand, refuse},
     limits::Limits,
 };
 
@@ -87,7 +88,8 @@ fn run(command: Command, limits: &Limits) -> anyhow::Result<ExitCode> {
         Command::Plugins(command) => plugins::run(&command),
         Command::Ctl(args) => ctl::run(&args),
         Command::CheckEnv(args) => check_env::run(&args, limits),
-        Command::Bench(bench) => torus_bench::run(bench).map(|()| ExitCode::SUCCESS),
+        Command::Bench(BenchCommand::OverHttp(bench)) => torus_bench::run(bench).map(|()| ExitCode::SUCCESS),
+        Command::Bench(BenchCommand::Step(args)) => bench_step::run(&args, limits),
         Command::Version => {
             println!("{}", version::describe());
             Ok(ExitCode::SUCCESS)
@@ -117,6 +119,7 @@ impl Command {
         match self {
             Command::Serve(args) => Some(&args.engine),
             Command::Generate(args) => Some(&args.engine),
+            Command::Bench(BenchCommand::Step(args)) => Some(&args.engine),
             _ => None,
         }
     }

@@ -1,6 +1,10 @@
 //! The memory bandwidth of this machine: the limit of single-sequence decoding, which reads every weight once a token.
 
-use std::{hint::black_box, thread, time::Instant};
+use std::{
+    hint::black_box,
+    thread,
+    time::{Duration, Instant},
+};
 
 const BUFFER_BYTES: usize = 512 << 20;
 const ROUNDS: usize = 5;
@@ -9,14 +13,30 @@ const ROUNDS: usize = 5;
 /// buffer.
 pub fn measure_read_bandwidth() -> f64 {
     let threads = thread::available_parallelism().map_or(1, usize::from);
-    // Written with a varying value, so that every page is really there.
-    let buffer: Vec<u64> = (0..(BUFFER_BYTES / 8) as u64).collect();
-    let seconds = (0..ROUNDS).map(|_| {
-        let start = Instant::now();
-        black_box(sum(black_box(&buffer), threads));
-        start.elapsed().as_secs_f64()
-    });
+    let buffer = ReadBuffer::new(BUFFER_BYTES, threads);
+    let seconds = (0..ROUNDS).map(|_| buffer.read().as_secs_f64());
     BUFFER_BYTES as f64 / seconds.fold(f64::INFINITY, f64::min)
+}
+
+/// Memory to be read as fast as it goes.
+#[derive(Debug)]
+pub struct ReadBuffer {
+    words: Vec<u64>,
+    threads: usize,
+}
+
+impl ReadBuffer {
+    pub fn new(bytes: usize, threads: usize) -> Self {
+        // Written with a varying value, so that every page is really there.
+        Self { words: (0..(bytes / 8) as u64).collect(), threads: threads.max(1) }
+    }
+
+    /// How long it takes all threads to sum it up.
+    pub fn read(&self) -> Duration {
+        let start = Instant::now();
+        black_box(sum(black_box(&self.words), self.threads));
+        start.elapsed()
+    }
 }
 
 fn sum(buffer: &[u64], threads: usize) -> u64 {

@@ -23,6 +23,7 @@ mod stats;
 mod testing;
 mod workload;
 
+pub use bandwidth::ReadBuffer;
 pub use one_batch::OneBatchArgs;
 pub use serving::ServingArgs;
 

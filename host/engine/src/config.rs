@@ -20,6 +20,12 @@ pub struct EngineConfig {
     /// Shared by all engines of the process.
     pub device: Device,
     pub dtype: DtypeChoice,
+    /// Dtype of the KV cache.
+    pub kv_cache_dtype: KvCacheDtype,
+    /// Weights that are no quantized blocks become int8 blocks on load.
+    pub quantize_int8: bool,
+    /// Use the native kernels, where the device is this machine's CPU.
+    pub cpu_kernels: bool,
     /// Name of an attention plugin; `None` = the one that scores highest.
     pub attention_backend: Option<String>,
     /// Longest prompt plus output, at most what the model allows; `None` = the model's, as far as the pool holds it.
@@ -64,6 +70,18 @@ pub enum DtypeChoice {
     Auto,
     Float32,
     Bfloat16,
+}
+
+/// `--kv-cache-dtype`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum KvCacheDtype {
+    /// That of activations.
+    #[default]
+    Auto,
+    Float32,
+    Bfloat16,
+    /// With a scale for each token and head.
+    Int8,
 }
 
 #[derive(Clone, Debug)]

@@ -28,6 +28,7 @@ mod program;
 mod request;
 mod results;
 mod sampling;
+mod sink;
 mod start;
 mod stats;
 #[cfg(test)]
@@ -36,7 +37,7 @@ mod watchdog;
 
 pub use budget::{MemoryBudget, Shortage};
 pub use compile::CompileError;
-pub use config::EngineConfig;
+pub use config::{EngineConfig, KvCacheDtype};
 pub use device::Device;
 pub use handle::EngineHandle;
 pub use kernels::register_kernels;

@@ -1,6 +1,6 @@
 //! How memory and buckets are laid out: page size, pool, slots, step sizes.
 
-use torus_abi::{DType, model::ModelDescription, step::StepShape};
+use torus_abi::{model::ModelDescription, step::StepShape};
 
 use crate::{
     config::{EngineConfig, MemoryConfig, Platform},
@@ -19,8 +19,6 @@ pub(crate) struct Plan {
     /// Longest prompt plus output.
     pub context_length: usize,
     pub pages_per_slot: usize,
-    /// Dtype that matrices are stored in.
-    pub matrices: DType,
 }
 
 /// Contexts of full length for which the pool has room, for each slot, unless told otherwise.
@@ -39,7 +37,6 @@ fn config_error(field: &'static str, message: String) -> StartError {
 pub(crate) fn plan(
     config: &EngineConfig,
     description: &ModelDescription,
-    activations: DType,
 ) -> Result<Plan, StartError> {
     let on_cpu = config.device.platform() == Platform::Cpu;
     let page_size = config.memory.page_size.unwrap_or(if on_cpu { 16 } else { 128 });
@@ -57,9 +54,6 @@ pub(crate) fn plan(
     if max_running == 0 || token_budget < 1 {
         return Err(config_error("--max-running-requests", "must be at least 1".into()));
     }
-    // A CPU multiplies single rows of bf16 far slower than of f32 (6.6 against 40 GB/s), so plain StableHLO keeps
-    // matrices in f32 there: twice the memory, and several times the speed.
-    let matrices = if on_cpu { DType::F32 } else { activations };
     Ok(Plan {
         page_size: page_size as u64,
         pages: 2,
@@ -67,7 +61,6 @@ pub(crate) fn plan(
         token_budget,
         context_length,
         pages_per_slot: context_length.div_ceil(page_size),
-        matrices,
     })
 }
 
@@ -77,10 +70,10 @@ impl Plan {
         mut self,
         config: &EngineConfig,
         page_bytes: u64,
-        description: &ModelDescription,
+        weight_bytes: u64,
     ) -> Result<Self, StartError> {
         let wanted = config.memory.max_total_tokens.map(|tokens| (tokens as u64).div_ceil(self.page_size));
-        let possible = kv_bytes(config, self.weight_bytes(description)) / page_bytes.max(1);
+        let possible = kv_bytes(config, weight_bytes) / page_bytes.max(1);
         // A tiny model would else fill the memory with a cache it never needs.
         let useful = (self.max_running * self.pages_per_slot) as u64 * CACHED_CONTEXTS_PER_SLOT;
         let pages = wanted.unwrap_or(possible.min(useful));
@@ -98,11 +91,6 @@ impl Plan {
         self.context_length = self.context_length.min(self.kv_tokens());
         self.pages_per_slot = self.context_length.div_ceil(self.page_size as usize);
         Ok(self)
-    }
-
-    pub fn weight_bytes(&self, description: &ModelDescription) -> u64 {
-        let elements: u64 = description.weights.iter().map(|spec| spec.shape.iter().product::<u64>()).sum();
-        elements * self.matrices.bytes() as u64
     }
 
     /// Tokens that the pool holds.
@@ -168,7 +156,6 @@ mod tests {
             token_budget,
             context_length: 100,
             pages_per_slot: 7,
-            matrices: DType::F32,
         }
     }
 

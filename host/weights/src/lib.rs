@@ -8,7 +8,7 @@
 //! - [`LoadPlan::run`] assembles the weights and hands each to a [`WeightSink`].
 //!
 //! Not here: which tensors a model has and how a GGUF file names them (model plugins say so), tokenizers (this crate
-//! only hands out their metadata), quantizing, and devices (a sink is the engine's).
+//! only hands out their metadata), how matrices are packed for a CPU (`torus-cpu`), and devices (a sink is the engine's).
 //!
 //! Invariants:
 //! - Files are never trusted: a damaged header is an error, never a panic, and never an allocation that a number in the
@@ -32,6 +32,7 @@ mod hub;
 mod load;
 mod mapped;
 mod model_path;
+mod pack;
 mod plan;
 mod progress;
 mod quant;
@@ -49,6 +50,6 @@ pub use gguf::{GgufArray, GgufMetadata, GgufTokenizerParts, GgufValue};
 pub use hub::HubOptions;
 pub use load::{LoadReport, SinkError, WEIGHTS_IN_FLIGHT, WeightSink};
 pub use model_path::{ModelPath, ResolvedModel};
-pub use plan::{LoadPlan, PlannedWeight};
+pub use plan::{LoadPlan, PlannedStorage, PlannedWeight};
 pub use progress::{ConsoleProgress, NoProgress, Progress};
-pub use storage::{StorageDType, StorageType};
+pub use storage::{StorageDType, StorageType, Target};

@@ -7,7 +7,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::{AlignedBytes, Checkpoint, LoadPlan, PlannedWeight, Progress, WeightsError, view::TensorView};
+use crate::{
+    AlignedBytes, Checkpoint, LoadPlan, PlannedStorage, PlannedWeight, Progress, WeightsError, pack, view::TensorView,
+};
 
 /// How many weights are being assembled at once: the second is while the first is handed over, or when it is too small
 /// for all threads.
@@ -27,7 +29,7 @@ pub trait WeightSink {
         AlignedBytes::zeroed(weight.bytes())
     }
 
-    /// Takes a weight: elements of its dtype in row-major order, in the memory reserved for it. The sink may keep that
+    /// Takes a weight, as its [`PlannedStorage`] says, in the memory reserved for it. The sink may keep that
     /// memory, so that a device reads it where it is.
     fn put(&mut self, weight: &PlannedWeight, bytes: AlignedBytes) -> Result<(), SinkError>;
 }
@@ -105,19 +107,31 @@ fn assemble(
     mut bytes: AlignedBytes,
     progress: &dyn Progress,
 ) -> Result<AlignedBytes, WeightsError> {
-    let mut rest = &mut bytes[..];
-    for source in &weight.sources {
+    let views = weight.sources.iter().map(|source| {
         let view = TensorView::new(&source.entry.shape, source.entry.storage, checkpoint.bytes(&source.entry));
-        let view = source.transforms.iter().try_fold(view, TensorView::apply).map_err(|reason| {
+        source.transforms.iter().try_fold(view, TensorView::apply).map_err(|reason| {
             // The plan tried the transforms on the shapes already.
             let reason = format!("{}: {reason}", source.tensor);
             WeightsError::Unsupported { path: checkpoint.path().to_owned(), reason }
-        })?;
-        let bytes = view.elements() * weight.dtype.bytes();
-        view.write(weight.dtype, rest.split_off_mut(..bytes).unwrap_or_default());
-        progress.advance(bytes as u64);
+        })
+    });
+    match &weight.storage {
+        PlannedStorage::Dense(dtype) => {
+            let mut rest = &mut bytes[..];
+            for view in views {
+                let view = view?;
+                let bytes = view.elements() * dtype.bytes();
+                view.write(*dtype, rest.split_off_mut(..bytes).unwrap_or_default());
+                progress.advance(bytes as u64);
+            }
+            assert!(rest.is_empty(), "{} bytes of {} would stay zero", rest.len(), weight.name);
+        }
+        PlannedStorage::Packed(layout) => {
+            let views = views.collect::<Result<Vec<_>, _>>()?;
+            pack::write(&views, layout, &mut bytes);
+            progress.advance(weight.bytes() as u64);
+        }
     }
-    assert!(rest.is_empty(), "{} bytes of {} would stay zero", rest.len(), weight.name);
     Ok(bytes)
 }
 

@@ -4,11 +4,16 @@
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use torus_abi::{
-    TensorType,
+    DType, TensorType,
     model::{GgufAnswer, ModelDescription, Transform, WeightSource, WeightSpec},
 };
 
-use crate::{Checkpoint, Problem, StorageDType, StorageType, TensorEntry, WeightsError, view::shape_after};
+use torus_cpu::{
+    PackError,
+    packed::{Format, Layout, SEGMENTS_MAX, Segment},
+};
+
+use crate::{Checkpoint, Problem, StorageDType, StorageType, Target, TensorEntry, WeightsError, view::shape_after};
 
 /// How each weight of a model is made of a checkpoint's tensors.
 #[derive(Debug)]
@@ -24,8 +29,17 @@ pub struct LoadPlan<'a> {
 pub struct PlannedWeight {
     pub name: String,
     pub shape: Vec<u64>,
-    pub dtype: StorageDType,
+    pub storage: PlannedStorage,
     pub(crate) sources: Vec<PlannedSource>,
+}
+
+/// How a weight lies in memory once loaded.
+#[derive(Clone, Debug, PartialEq)]
+pub enum PlannedStorage {
+    /// Row-major elements.
+    Dense(StorageDType),
+    /// A packed matrix.
+    Packed(Layout),
 }
 
 #[derive(Clone, Debug)]
@@ -36,13 +50,20 @@ pub(crate) struct PlannedSource {
 }
 
 impl PlannedWeight {
+    /// The tensor it is once loaded; a packed matrix is bytes.
     pub fn tensor_type(&self) -> TensorType {
-        TensorType::new(self.dtype.dtype(), self.shape.as_slice())
+        match &self.storage {
+            PlannedStorage::Dense(dtype) => TensorType::new(dtype.dtype(), self.shape.as_slice()),
+            PlannedStorage::Packed(layout) => TensorType::new(DType::U8, [layout.bytes() as u64]),
+        }
     }
 
     /// Size once loaded.
     pub fn bytes(&self) -> usize {
-        self.shape.iter().product::<u64>() as usize * self.dtype.bytes()
+        match &self.storage {
+            PlannedStorage::Dense(dtype) => self.shape.iter().product::<u64>() as usize * dtype.bytes(),
+            PlannedStorage::Packed(layout) => layout.bytes(),
+        }
     }
 
     /// Size of its tensors in the files.
@@ -52,16 +73,16 @@ impl PlannedWeight {
 }
 
 impl<'a> LoadPlan<'a> {
-    /// `gguf` is what the model's plugin answered, if the checkpoint is a GGUF file; `storage` decides what each weight
-    /// is stored as.
+    /// `gguf` is what the model's plugin answered, if the checkpoint is a GGUF file; `target` decides what each weight
+    /// becomes.
     ///
     /// Tensors that are missing, unknown to the model (and not ignored by it), misshapen or unreadable are all named in
     /// one [`WeightsError::Mismatch`].
-    pub fn new(
+    pub fn new<T: Into<Target>>(
         checkpoint: &'a Checkpoint,
         description: &ModelDescription,
         gguf: Option<&GgufAnswer>,
-        storage: impl Fn(&WeightSpec) -> StorageDType,
+        target: impl Fn(&WeightSpec) -> T,
     ) -> Result<Self, WeightsError> {
         if checkpoint.is_gguf() && gguf.is_none() {
             return Err(WeightsError::NoGgufReading { path: checkpoint.path().to_owned() });
@@ -73,7 +94,7 @@ impl<'a> LoadPlan<'a> {
             if !names.insert(&spec.name) {
                 planner.problems.push(Problem::DuplicateWeight { weight: spec.name.clone() });
             }
-            weights.extend(planner.weight(spec, storage(spec)));
+            weights.extend(planner.weight(spec, target(spec).into()));
         }
         let ignored = planner.leftovers(description);
         let Planner { taken, problems, .. } = planner;
@@ -119,7 +140,7 @@ struct Planner<'a, 'd> {
 
 impl<'a> Planner<'a, '_> {
     /// `None` if something is wrong with it, which `problems` then says.
-    fn weight(&mut self, spec: &WeightSpec, dtype: StorageDType) -> Option<PlannedWeight> {
+    fn weight(&mut self, spec: &WeightSpec, target: Target) -> Option<PlannedWeight> {
         let sources: Vec<_> = spec.sources.iter().map(|source| self.source(spec, source)).collect();
         let sources = sources.into_iter().collect::<Option<Vec<_>>>()?;
         let shapes: Vec<_> = sources.iter().map(|(_, shape)| shape.clone()).collect();
@@ -128,8 +149,22 @@ impl<'a> Planner<'a, '_> {
             self.problems.push(Problem::Assembly { weight, declared, assembled: shapes });
             return None;
         }
-        let sources = sources.into_iter().map(|(source, _)| source).collect();
-        Some(PlannedWeight { name: spec.name.clone(), shape: spec.shape.clone(), dtype, sources })
+        let sources: Vec<_> = sources.into_iter().map(|(source, _)| source).collect();
+        let storage = match target {
+            Target::Dense(dtype) => PlannedStorage::Dense(dtype),
+            Target::Packed { floats, keep_quantized } => {
+                let parts: Vec<_> = sources.iter().zip(&shapes).collect();
+                match packed_layout(&parts, floats, keep_quantized) {
+                    Ok(layout) => PlannedStorage::Packed(layout),
+                    Err(error) => {
+                        let (tensor, reason) = (spec.name.clone(), error.to_string());
+                        self.problems.push(Problem::Transform { tensor, reason });
+                        return None;
+                    }
+                }
+            }
+        };
+        Some(PlannedWeight { name: spec.name.clone(), shape: spec.shape.clone(), storage, sources })
     }
 
     /// The tensor, everything to be done to it, and the shape it then has.
@@ -194,6 +229,32 @@ impl<'a> Planner<'a, '_> {
         self.problems.extend(extra.map(|(tensor, shape)| Problem::Extra { tensor, shape }));
         ignored.into_iter().map(|(name, _)| name.clone()).collect()
     }
+}
+
+/// One segment for each source, so that a product over several projections can tell them apart; where they are too
+/// many, neighbours that are stored alike share one.
+fn packed_layout(
+    parts: &[(&PlannedSource, &Vec<u64>)],
+    floats: Format,
+    keep_quantized: bool,
+) -> Result<Layout, PackError> {
+    let columns = parts.first().map_or(0, |(_, shape)| shape.iter().skip(1).product::<u64>() as usize);
+    let format = |source: &PlannedSource| {
+        let is_plain = !source.transforms.iter().any(Transform::changes_elements);
+        let kept = source.entry.storage.packed_as().filter(|_| keep_quantized && is_plain);
+        kept.map_or(floats, |(format, _)| format)
+    };
+    let mut segments: Vec<Segment> = Vec::new();
+    let mut before = None;
+    for (source, shape) in parts {
+        let (format, rows) = (format(source), shape.first().map_or(1, |rows| *rows as usize));
+        let joins = parts.len() > SEGMENTS_MAX && before.replace(source.entry.storage) == Some(source.entry.storage);
+        match segments.last_mut() {
+            Some(last) if joins && last.format == format => last.rows += rows,
+            _ => segments.push(Segment { format, rows }),
+        }
+    }
+    Layout::new(columns, segments)
 }
 
 /// The shape of tensors joined along the first axis; `None` if their other axes differ.

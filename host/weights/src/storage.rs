@@ -3,6 +3,7 @@
 use std::fmt;
 
 use torus_abi::DType;
+use torus_cpu::packed::{Format, SourceType};
 
 /// How a checkpoint stores the elements of a tensor: plainly, or in quantized blocks along the innermost axis.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -179,7 +180,44 @@ impl fmt::Display for StorageType {
     }
 }
 
-/// What a weight is stored as once loaded.
+/// What a weight is to be once loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// A tensor of its shape, row-major.
+    Dense(StorageDType),
+    /// A matrix for the CPU's kernels ([`torus_cpu::packed`]).
+    Packed {
+        /// The format of elements that are no quantized blocks, or do not stay what they are.
+        floats: Format,
+        /// Quantized blocks are not dequantized.
+        keep_quantized: bool,
+    },
+}
+
+impl From<StorageDType> for Target {
+    fn from(dtype: StorageDType) -> Self {
+        Self::Dense(dtype)
+    }
+}
+
+impl StorageType {
+    /// The format that holds its blocks as they are, and how the packer calls them.
+    pub(crate) fn packed_as(self) -> Option<(Format, SourceType)> {
+        Some(match self {
+            Self::Q8_0 => (Format::Q8, SourceType::Q8_0),
+            Self::Q4_0 => (Format::Q4, SourceType::Q4_0),
+            Self::Q4_1 => (Format::Q4Min, SourceType::Q4_1),
+            Self::Q5_0 => (Format::Q5, SourceType::Q5_0),
+            Self::Q5_1 => (Format::Q5Min, SourceType::Q5_1),
+            Self::Q4K => (Format::Q4Min, SourceType::Q4K),
+            Self::Q5K => (Format::Q5Min, SourceType::Q5K),
+            Self::Q6K => (Format::Q6, SourceType::Q6K),
+            Self::F32 | Self::F16 | Self::Bf16 | Self::Other { .. } => return None,
+        })
+    }
+}
+
+/// The element type of a dense tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum StorageDType {
     F32,

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 use torus_abi::model::Transform;
+use torus_cpu::packed::{Format, SourceType};
 
 use crate::{StorageDType, StorageType, elements, quant};
 
@@ -115,6 +116,34 @@ impl<'a> TensorView<'a> {
             Transform::AddConstant(constant) => self.added.push(*constant),
         }
         Ok(Self { shape, ..self })
+    }
+
+    pub fn rows(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// What the packer calls its bytes, if a matrix of that format holds them as they are.
+    pub fn kept_as(&self, format: Format) -> Option<SourceType> {
+        let Elements::Stored(storage, _) = &self.elements else { return None };
+        let (packed, source) = storage.packed_as()?;
+        (packed == format && self.added.is_empty()).then_some(source)
+    }
+
+    /// The blocks of a row of a view that has them ([`Self::kept_as`]).
+    pub fn stored_row(&self, row: usize) -> &[u8] {
+        let Elements::Stored(storage, bytes) = &self.elements else { return &[] };
+        let block = storage.block();
+        let len = self.row_elements() / block.elements as usize * block.bytes as usize;
+        &bytes[self.rows.get(row) * len..][..len]
+    }
+
+    /// The elements of a row that starts at a block border, as bytes of f32.
+    pub fn row_f32(&self, row: usize) -> Vec<u8> {
+        let mut values = vec![0.0; self.row_elements()];
+        self.read(self.rows.get(row) * values.len(), &mut values);
+        let mut bytes = vec![0; values.len() * StorageDType::F32.bytes()];
+        elements::write(&values, StorageDType::F32, &mut bytes);
+        bytes
     }
 
     pub fn elements(&self) -> usize {

@@ -9,11 +9,16 @@
 //! Invariants:
 //! - No kernel calls a BLAS, takes a lock, or allocates once its thread's [`workspace`] has grown to the largest call.
 //! - All levels compute the same function; each is tested against a plain reference, and can be forced.
-//! - Results do not depend on how many threads there are, as far as each output element is summed by one of them.
+//! - Results do not depend on how many threads there are: each output element is summed by one of them.
 
+pub mod activations;
 mod error;
+pub mod ffi;
 mod level;
+pub mod linear;
+pub mod math;
 pub mod packed;
+pub mod workspace;
 
 pub use error::PackError;
 pub use level::{Level, level};

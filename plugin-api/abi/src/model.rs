@@ -163,6 +163,13 @@ pub enum Transform {
     AddConstant(f32),
 }
 
+impl Transform {
+    /// Whether it does more than choose and order rows, so that quantized blocks cannot stay as they are.
+    pub fn changes_elements(&self) -> bool {
+        matches!(self, Self::Transpose | Self::AddConstant(_))
+    }
+}
+
 /// Asks a model plugin whether and how it reads a GGUF file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct GgufQuery {

@@ -4,7 +4,9 @@ use std::{path::PathBuf, time::Duration};
 
 use super::{
     models::{ModelSpec, model_spec},
-    values::{ChunkSize, Device, Dtype, Policy, chunk_size, fraction, positive, seconds},
+    values::{
+        ChunkSize, Device, Dtype, KvCacheDtype, Policy, Quantization, Switch, chunk_size, fraction, positive, seconds,
+    },
 };
 
 #[derive(Clone, Debug, clap::Args)]
@@ -42,6 +44,12 @@ pub struct ModelArgs {
     /// Dtype of activations, and of weights that are not kept quantized
     #[arg(long, value_name = "DTYPE", default_value = "auto")]
     pub dtype: Dtype,
+    /// Quantize weights on load: int8 in blocks of 32 with a scale each (on a CPU; blocks of a quantized file stay)
+    #[arg(long, value_name = "METHOD")]
+    pub quantization: Option<Quantization>,
+    /// Dtype of the KV cache
+    #[arg(long, value_name = "DTYPE", default_value = "auto")]
+    pub kv_cache_dtype: KvCacheDtype,
     /// Branch, tag or commit of a model on the hub [default: main]
     #[arg(long, value_name = "NAME")]
     pub revision: Option<String>,
@@ -71,6 +79,9 @@ pub struct DeviceArgs {
     /// Threads that compute on a CPU [default: as CPU affinity and the cgroup allow]
     #[arg(long, value_name = "N", value_parser = positive)]
     pub threads: Option<usize>,
+    /// Whether a CPU computes with the native kernels, or with XLA's code alone
+    #[arg(long, value_name = "WHEN", default_value = "on")]
+    pub cpu_kernels: Switch,
 }
 
 #[derive(Clone, Debug, clap::Args)]

@@ -73,10 +73,9 @@ const KNOWN: &[(&str, &[&str])] = &[
         ],
     ),
     (
-        "quantizing a model on load is not supported yet; leave it out (quantized GGUF files are served as they are)",
-        &["--quantization", "--quantization-param-path", "--quantization-config-path"],
+        "files that say how to quantize are not supported yet; leave it out, or give --quantization int8",
+        &["--quantization-param-path", "--quantization-config-path"],
     ),
-    ("a KV cache of another dtype is not supported yet; leave it out", &["--kv-cache-dtype"]),
     ("dtypes for single parts of a model are not supported yet; leave it out", &["--dtype-config"]),
     (
         "data parallelism is not supported yet; leave it out",

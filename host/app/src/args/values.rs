@@ -31,6 +31,31 @@ pub enum Dtype {
     Float16,
 }
 
+/// `--kv-cache-dtype`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum KvCacheDtype {
+    /// That of activations.
+    Auto,
+    #[value(alias = "fp32", alias = "float")]
+    Float32,
+    #[value(alias = "bf16")]
+    Bfloat16,
+    /// With a scale for each token and head.
+    Int8,
+}
+
+/// `--quantization`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Quantization {
+    Int8,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Switch {
+    On,
+    Off,
+}
+
 /// `--schedule-policy`: in which order waiting requests are admitted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Policy {

@@ -4,8 +4,8 @@
 use torus_abi::{
     DType, TensorType,
     attention::{AttentionAnswer, AttentionQuery, EmitAttention},
-    fragment::{Fragment, Operand, WeightHandle},
-    model::{EmitModel, ModelDescription, ModelPart, StateHandle, WeightRole},
+    fragment::{Fragment, Operand},
+    model::{EmitModel, ModelDescription, ModelPart, StateHandle},
     step::{StepInput, StepShape},
 };
 use torus_hlo::{
@@ -17,10 +17,7 @@ use torus_plugins::{
     link::{self, Unit},
 };
 
-use super::{
-    Field, Rows, StepLayout,
-    imports::{self, Storage},
-};
+use super::{Field, Rows, StepLayout, WeightMap, imports, native::Native};
 use crate::sampling::{RowParameters, SamplingInputs, sample};
 
 /// Everything that programs of one engine have in common.
@@ -31,8 +28,7 @@ pub(crate) struct Assembler {
     /// One for each kind of layers, for a step of one token; the shape is replaced.
     pub queries: Vec<AttentionQuery>,
     pub activations: DType,
-    /// Dtype of matrices on the device.
-    pub matrices: DType,
+    pub weights: WeightMap,
     pub max_running: u64,
     /// Whether the device can call native kernels of plugins.
     pub runs_kernels: bool,
@@ -60,7 +56,7 @@ pub enum AssembleError {
 /// Types of the arguments of `@main`, in order, and of its results.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Arguments {
-    /// One for each weight of the description.
+    /// Of the weights; see [`WeightMap`].
     pub weights: Vec<TensorType>,
     /// Parts of the pools, layer by layer.
     pub pools: Vec<TensorType>,
@@ -93,23 +89,6 @@ impl Assembler {
         self.queries.iter().map(ask).collect()
     }
 
-    fn weight_handle(&self, index: usize) -> WeightHandle {
-        let spec = &self.description.weights[index];
-        self.storage(index).handle(&spec.shape)
-    }
-
-    pub fn storage(&self, index: usize) -> Storage {
-        imports::storage(&self.description.weights[index], self.matrices)
-    }
-
-    /// Bytes of the weights that a step reads whole.
-    pub fn weight_bytes_per_step(&self) -> u64 {
-        let weights = self.description.weights.iter().enumerate();
-        let read_whole = weights.filter(|(_, spec)| spec.role != WeightRole::Embed);
-        let parts = read_whole.flat_map(|(index, _)| self.weight_handle(index).parts);
-        parts.filter_map(|part| part.bytes()).sum()
-    }
-
     /// The arguments of every program but the step buffer. They are the same for all buckets.
     pub fn arguments(&self, shape: StepShape) -> Result<Arguments, AssembleError> {
         let answers = self.answers(shape)?;
@@ -118,7 +97,7 @@ impl Assembler {
         let vocab = self.description.vocab;
         let ty = |dtype, dims: &[u64]| TensorType::new(dtype, dims);
         Ok(Arguments {
-            weights: (0..self.description.weights.len()).flat_map(|i| self.weight_handle(i).parts).collect(),
+            weights: self.weights.arguments().to_vec(),
             pools: layers.flat_map(|kind| answers[*kind].1.pool.clone()).collect(),
             rows: RowArrays {
                 last_tokens: ty(DType::I32, &[slots]),
@@ -155,7 +134,6 @@ impl Assembler {
     }
 
     fn emit(&self, part: ModelPart, answers: &[(AttentionQuery, AttentionAnswer)]) -> Result<Fragment, AssembleError> {
-        let handles = |i: usize| (self.description.weights[i].name.clone(), self.weight_handle(i));
         let state = |(_, answer): &(AttentionQuery, AttentionAnswer)| StateHandle {
             pool: answer.pool.clone(),
             context: answer.context.clone(),
@@ -163,7 +141,7 @@ impl Assembler {
         let request = EmitModel {
             part,
             dtype: self.activations,
-            weights: (0..self.description.weights.len()).map(handles).collect(),
+            weights: self.weights.handles().map(|(name, handle)| (name.to_owned(), handle)).collect(),
             state: answers.iter().map(state).collect(),
         };
         Ok(self.model.emit(&request)?.fragment)
@@ -255,8 +233,9 @@ impl Parts<'_> {
         for unit in &self.attention {
             serving.push(link::export(*unit, "attention")?.1.symbol.clone());
         }
+        let native = Native { kinds: self.answers };
         let functions = link::link(&units, &["main"], &mut |import| {
-            imports::implement(import, &|kind| serving.get(kind).cloned().unwrap_or_default())
+            imports::implement(import, &native, &|kind| serving.get(kind).cloned().unwrap_or_default())
         })?;
         let kernel = functions.iter().flat_map(|function| &function.kernels).next();
         if let (Some(kernel), false) = (kernel, self.assembler.runs_kernels) {
@@ -267,7 +246,7 @@ impl Parts<'_> {
 
     fn main<'f>(&self, func: &'f Func<'f>) -> Result<Vec<Value<'f>>, LinkError> {
         let mut scope = Scope { known: Vec::new() };
-        self.declare_weights(func, &mut scope);
+        scope.known.extend(self.assembler.weights.declare(func));
         let pools = self.declare_pools(func, &mut scope);
         let arrays = self.declare_rows(func, pools.len());
         let packed = Packed {
@@ -310,15 +289,6 @@ impl Parts<'_> {
         results.push(arrays.token_counts.scatter(&[(SLOTS, slots), (VOCAB, sampled.tokens)], ones, Scatter::add()));
         results.push(sampled.result);
         Ok(results)
-    }
-
-    fn declare_weights<'f>(&self, func: &'f Func<'f>, scope: &mut Scope<'f>) {
-        for (index, spec) in self.assembler.description.weights.iter().enumerate() {
-            for (part, tensor) in self.assembler.weight_handle(index).parts.iter().enumerate() {
-                let value = func.argument(Shape::opaque(tensor));
-                scope.set(Operand::Weight { name: spec.name.clone(), part }, value);
-            }
-        }
     }
 
     /// Pools are donated: result number `i` is the pool part number `i`.

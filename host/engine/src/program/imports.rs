@@ -1,41 +1,31 @@
-//! The host's own implementations of what models import: embedding and linear over dense weights, in plain StableHLO.
+//! The host's own implementations of what models import: native kernels where the weights are packed for them
+//! (`super::native`), else embedding and linear over dense weights in plain StableHLO.
 //!
-//! Coarser imports (`gated_mlp`, `attention_block`) have none here and fall back to the default bodies of the model's
-//! fragment. Kernels and quantized storage come in at this place: a model never learns of them.
+//! Coarser imports (`gated_mlp`, `attention_block`) have no StableHLO here and fall back to the default bodies of the
+//! model's fragment. Kernels and quantized storage come in at this place: a model never learns of them.
 
 use torus_abi::{
     DType, TensorType,
-    fragment::{Import, Operation, WeightHandle},
-    model::{WeightRole, WeightSpec},
+    fragment::{Import, Operation},
 };
 use torus_hlo::{Axis, Builder, Dot, Shape};
 use torus_plugins::{LinkError, link::Implementation};
 
-/// How a weight is stored on the device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Storage(pub DType);
-
-impl Storage {
-    /// What models are handed for a weight stored so: one tensor of its logical shape.
-    pub fn handle(self, shape: &[u64]) -> WeightHandle {
-        WeightHandle { parts: vec![TensorType::new(self.0, shape)], storage: format!("dense-{}", self.0) }
-    }
-}
-
-/// The storage of a weight, given the dtype of activations.
-pub(crate) fn storage(spec: &WeightSpec, matrices: DType) -> Storage {
-    match spec.role {
-        WeightRole::Vector => Storage(DType::F32),
-        _ => Storage(matrices),
-    }
-}
+use super::native::{self, Native};
 
 const ROWS: Axis = Axis("rows");
 const IN: Axis = Axis("in");
 const OUT: Axis = Axis("out");
 
 /// Supplies an import; `attention` names the function that serves a kind of layers.
-pub(crate) fn implement(import: &Import, attention: &dyn Fn(usize) -> String) -> Result<Implementation, LinkError> {
+pub(crate) fn implement(
+    import: &Import,
+    native: &Native<'_>,
+    attention: &dyn Fn(usize) -> String,
+) -> Result<Implementation, LinkError> {
+    if let Some(implementation) = native::implement(import, native)? {
+        return Ok(implementation);
+    }
     match &import.operation {
         Operation::Attention { kind, .. } => Ok(Implementation::Alias(attention(*kind))),
         Operation::GatedMlp { .. } | Operation::AttentionBlock { .. } => Ok(Implementation::Default),
@@ -100,7 +90,7 @@ fn named(tensor: &TensorType, axes: &[Axis]) -> Shape {
     Shape::new(tensor.dtype, axes)
 }
 
-fn functions(import: &Import, build: impl FnOnce(&Builder)) -> Result<Implementation, LinkError> {
+pub(super) fn functions(import: &Import, build: impl FnOnce(&Builder)) -> Result<Implementation, LinkError> {
     let builder = Builder::new("host");
     build(&builder);
     let fragment = builder.finish().map_err(|error| LinkError::Malformed {

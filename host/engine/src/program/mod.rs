@@ -3,9 +3,12 @@
 mod assemble;
 mod imports;
 mod layout;
+mod native;
 mod rows;
+mod weights;
 
 pub use assemble::AssembleError;
 pub(crate) use assemble::{Arguments, Assembler};
 pub(crate) use layout::{Field, Rows, StepBuffer, StepLayout, flag, result};
+pub(crate) use weights::{Place, WeightMap};
 pub(crate) use rows::{LOAD_ENTRIES, initial_state, load_pages, load_row};

@@ -1,0 +1,158 @@
+//! Where the weights of a model lie among the arguments of its programs.
+//!
+//! On most devices each weight is an argument of its own. For the CPU's kernels, matrices lie packed in one *arena*
+//! argument and vectors in another: XLA spends about 2 us a step on each argument of a program, and a model has
+//! hundreds of weights. A packed matrix is then two tensors to a model: the arena, and its place in it.
+
+use std::ops::Range;
+
+use torus_abi::{
+    DType, TensorType,
+    fragment::{Operand, WeightHandle},
+    model::{WeightRole, WeightSpec},
+};
+use torus_cpu::packed::{ALIGNMENT, GROUP, Layout};
+use torus_hlo::{Axis, Func, Shape, Value};
+use torus_weights::{LoadPlan, PlannedStorage, PlannedWeight};
+
+/// What [`WeightHandle::storage`] says of a packed matrix.
+pub(crate) const PACKED: &str = "packed";
+/// As [`PACKED`]; its first half of rows can be computed side by side with the second.
+pub(crate) const PACKED_HALVES: &str = "packed-halves";
+
+/// The arguments that hold a model's weights, and where each weight lies in them.
+#[derive(Clone, Debug)]
+pub(crate) struct WeightMap {
+    names: Vec<String>,
+    places: Vec<Place>,
+    arguments: Vec<TensorType>,
+    /// Bytes of the weights that a step reads whole.
+    bytes_per_step: u64,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) enum Place {
+    /// A tensor of its own.
+    Argument { index: usize, tensor: TensorType },
+    /// Elements of the argument that holds all vectors.
+    Vector { elements: Range<u64> },
+    /// Bytes of the arena.
+    Packed { bytes: Range<u64>, storage: &'static str },
+}
+
+impl Place {
+    fn handle(&self, arena: &TensorType) -> WeightHandle {
+        match self {
+            Self::Argument { tensor, .. } => {
+                WeightHandle { parts: vec![tensor.clone()], storage: format!("dense-{}", tensor.dtype) }
+            }
+            Self::Vector { elements } => WeightHandle {
+                parts: vec![TensorType::new(DType::F32, [elements.end - elements.start])],
+                storage: format!("dense-{}", DType::F32),
+            },
+            Self::Packed { storage, .. } => WeightHandle {
+                parts: vec![arena.clone(), TensorType::scalar(DType::I32)],
+                storage: (*storage).to_owned(),
+            },
+        }
+    }
+}
+
+const BYTES: Axis = Axis("bytes");
+const ELEMENTS: Axis = Axis("elements");
+
+impl WeightMap {
+    /// `specs` are those the plan was made of.
+    pub fn new(plan: &LoadPlan<'_>, specs: &[WeightSpec]) -> Self {
+        let is_packed = |weight: &PlannedWeight| matches!(weight.storage, PlannedStorage::Packed(_));
+        let mut map = if plan.weights().iter().any(is_packed) { Self::packed(plan) } else { Self::separate(plan) };
+        let weights = plan.weights().iter().zip(specs);
+        let read_whole = weights.filter(|(_, spec)| spec.role != WeightRole::Embed);
+        map.bytes_per_step = read_whole.map(|(weight, _)| weight.bytes() as u64).sum();
+        map.names = plan.weights().iter().map(|weight| weight.name.clone()).collect();
+        map
+    }
+
+    fn separate(plan: &LoadPlan<'_>) -> Self {
+        let arguments: Vec<_> = plan.weights().iter().map(PlannedWeight::tensor_type).collect();
+        let place = |(index, tensor): (usize, &TensorType)| Place::Argument { index, tensor: tensor.clone() };
+        let places = arguments.iter().enumerate().map(place).collect();
+        Self { names: Vec::new(), places, arguments, bytes_per_step: 0 }
+    }
+
+    fn packed(plan: &LoadPlan<'_>) -> Self {
+        let (mut vectors, mut arena) = (0, 0);
+        let mut places = Vec::new();
+        for weight in plan.weights() {
+            places.push(match &weight.storage {
+                PlannedStorage::Dense(_) => {
+                    let start = vectors;
+                    vectors += weight.shape.iter().product::<u64>();
+                    Place::Vector { elements: start..vectors }
+                }
+                PlannedStorage::Packed(layout) => {
+                    let start = arena;
+                    arena += layout.bytes() as u64;
+                    let storage = if splits_in_halves(layout) { PACKED_HALVES } else { PACKED };
+                    Place::Packed { bytes: start..arena, storage }
+                }
+            });
+        }
+        let arguments = vec![TensorType::new(DType::U8, [arena]), TensorType::new(DType::F32, [vectors])];
+        Self { names: Vec::new(), places, arguments, bytes_per_step: 0 }
+    }
+
+    /// The arguments' types.
+    pub fn arguments(&self) -> &[TensorType] {
+        &self.arguments
+    }
+
+    /// The argument that packed matrices lie in, if there is one.
+    pub fn arena(&self) -> Option<&TensorType> {
+        let is_packed = self.places.iter().any(|place| matches!(place, Place::Packed { .. }));
+        self.arguments.first().filter(|_| is_packed)
+    }
+
+    pub fn places(&self) -> &[Place] {
+        &self.places
+    }
+
+    pub fn bytes_per_step(&self) -> u64 {
+        self.bytes_per_step
+    }
+
+    /// What models are handed for each weight, by name.
+    pub fn handles(&self) -> impl Iterator<Item = (&str, WeightHandle)> {
+        let handle = |place: &Place| place.handle(&self.arguments[0]);
+        self.names.iter().map(String::as_str).zip(self.places.iter().map(handle))
+    }
+
+    /// Declares the arguments, and gives the value of each part of each weight.
+    pub fn declare<'f>(&self, func: &'f Func<'f>) -> Vec<(Operand, Value<'f>)> {
+        let arguments: Vec<_> = self.arguments.iter().map(|tensor| func.argument(Shape::opaque(tensor))).collect();
+        let mut values = Vec::new();
+        for (name, place) in self.names.iter().zip(&self.places) {
+            let mut set = |part, value| values.push((Operand::Weight { name: name.clone(), part }, value));
+            match place {
+                Place::Argument { index, .. } => set(0, arguments[*index]),
+                Place::Vector { elements } => {
+                    set(0, arguments[1].named(&[ELEMENTS]).slice(ELEMENTS, elements.clone()));
+                }
+                Place::Packed { bytes, .. } => {
+                    set(0, arguments[0].named(&[BYTES]));
+                    set(1, func.scalar(DType::I32, (bytes.start / ALIGNMENT as u64) as i32));
+                }
+            }
+        }
+        values
+    }
+}
+
+/// Whether rows `i` and `rows / 2 + i` lie in the same lanes of two groups.
+fn splits_in_halves(layout: &Layout) -> bool {
+    match layout.segments() {
+        [first, second] => first.rows == second.rows,
+        [whole] => whole.rows.is_multiple_of(2 * GROUP),
+        _ => false,
+    }
+}

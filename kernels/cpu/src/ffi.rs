@@ -1,0 +1,190 @@
+//! The kernels as native functions that step programs call through XLA's FFI.
+//!
+//! A packed matrix comes as two operands: the arena `u8 [bytes]` that holds all matrices of a model, and the place in it
+//! `i32 []`, in units of [`ALIGNMENT`] bytes. Kernels are named for the dtypes of their activations.
+
+mod blocks;
+mod profile;
+
+use half::bf16;
+use torus_abi::{
+    DType,
+    fault::Fault,
+    fragment::Activation,
+    kernel::{Bf16, Call, Element as Tensorial, Entry, Handler, Kernel, KernelList, Tensor},
+};
+
+pub use profile::{KernelTime, start_profile, stop_profile};
+
+use crate::{
+    activations::Element,
+    linear::{Epilogue, linear as apply_linear},
+    packed::{ALIGNMENT, PackedMatrix, embed as apply_embed},
+};
+
+/// What all targets begin with. The number changes with what a kernel expects, for compiled programs are kept.
+const NAMESPACE: &str = "torus-cpu-1";
+
+/// Activations by the number that `gated_mlp` takes.
+pub const ACTIVATIONS: [Activation; 4] =
+    [Activation::Silu, Activation::GeluTanh, Activation::Gelu, Activation::Relu];
+
+/// The kernels' targets and handlers, to be registered with the device before a program is compiled or loaded.
+pub fn handlers() -> impl Iterator<Item = (String, Handler)> {
+    Kernels::ENTRIES.iter().map(|entry| (target(entry.name), entry.handler))
+}
+
+fn target(name: &str) -> String {
+    format!("{NAMESPACE}.{name}")
+}
+
+fn is_f32(dtype: DType) -> bool {
+    dtype == DType::F32
+}
+
+/// The target of `(tokens i32 [tokens], arena, place) -> [tokens, hidden]`.
+pub fn embed(result: DType) -> String {
+    target(if is_f32(result) { f32::EMBED } else { Bf16::EMBED })
+}
+
+/// The target of `(x [rows, in], arena, place, bias f32 [out]?, residual [rows, out]?) -> [rows, out]`; attributes
+/// `bias` and `residual` say which there are.
+pub fn linear(input: DType, result: DType) -> String {
+    let names = if is_f32(input) { f32::LINEAR } else { Bf16::LINEAR };
+    target(names[if is_f32(result) { f32::RESULT } else { Bf16::RESULT }])
+}
+
+/// The target of `(x [tokens, hidden], norm f32 [hidden], gate and up: arena, place, down: arena, place) ->
+/// [tokens, hidden]`; attributes `activation` (an index into [`ACTIVATIONS`]) and `norm_eps`.
+pub fn gated_mlp(dtype: DType) -> String {
+    target(if is_f32(dtype) { f32::GATED_MLP } else { Bf16::GATED_MLP })
+}
+
+/// The target of the attention half of a layer over pages of [`crate::attention::LAYOUT`]: `(x [tokens, hidden], norm,
+/// QKV: arena, place, bias?, output: arena, place, cos f32 [tokens, rotary], sin, pool…, context…) -> ([tokens, hidden],
+/// pool…)`.
+pub fn attention_block(dtype: DType) -> String {
+    target(if is_f32(dtype) { f32::ATTENTION_BLOCK } else { Bf16::ATTENTION_BLOCK })
+}
+
+struct Kernels;
+
+impl KernelList for Kernels {
+    const PLUGIN: &'static str = "host";
+    const ENTRIES: &'static [Entry] = &[
+        Entry::new::<Self, Embed<f32>>(),
+        Entry::new::<Self, Embed<Bf16>>(),
+        Entry::new::<Self, Linear<f32, f32>>(),
+        Entry::new::<Self, Linear<f32, Bf16>>(),
+        Entry::new::<Self, Linear<Bf16, f32>>(),
+        Entry::new::<Self, Linear<Bf16, Bf16>>(),
+        Entry::new::<Self, blocks::GatedMlp<f32>>(),
+        Entry::new::<Self, blocks::GatedMlp<Bf16>>(),
+    ];
+}
+
+/// An element of activations as XLA's FFI and as the kernels know it.
+trait Activations: Tensorial {
+    /// The kernels' names.
+    const EMBED: &'static str;
+    const GATED_MLP: &'static str;
+    const ATTENTION_BLOCK: &'static str;
+    /// With this input, and results of f32 and bf16.
+    const LINEAR: [&'static str; 2];
+    /// Index into `LINEAR` of this result.
+    const RESULT: usize;
+    type Own: Element;
+
+    fn own(values: &[Self]) -> &[Self::Own];
+    fn own_mut(values: &mut [Self]) -> &mut [Self::Own];
+}
+
+impl Activations for f32 {
+    const EMBED: &'static str = "embed_f32";
+    const GATED_MLP: &'static str = "gated_mlp_f32";
+    const ATTENTION_BLOCK: &'static str = "attention_block_f32";
+    const LINEAR: [&'static str; 2] = ["linear_f32_f32", "linear_f32_bf16"];
+    const RESULT: usize = 0;
+    type Own = f32;
+
+    fn own(values: &[f32]) -> &[f32] {
+        values
+    }
+
+    fn own_mut(values: &mut [f32]) -> &mut [f32] {
+        values
+    }
+}
+
+impl Activations for Bf16 {
+    const EMBED: &'static str = "embed_bf16";
+    const GATED_MLP: &'static str = "gated_mlp_bf16";
+    const ATTENTION_BLOCK: &'static str = "attention_block_bf16";
+    const LINEAR: [&'static str; 2] = ["linear_bf16_f32", "linear_bf16_bf16"];
+    const RESULT: usize = 1;
+    type Own = bf16;
+
+    fn own(values: &[Bf16]) -> &[bf16] {
+        // SAFETY: both are transparent over the 16 bits of a bfloat16.
+        unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), values.len()) }
+    }
+
+    fn own_mut(values: &mut [Bf16]) -> &mut [bf16] {
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts_mut(values.as_mut_ptr().cast(), values.len()) }
+    }
+}
+
+/// The packed matrix whose arena and place are the arguments from `index` on.
+fn matrix<'c>(call: &'c Call<'_>, index: usize) -> Result<PackedMatrix<'c>, Fault> {
+    let (arena, place): (Tensor<'c, u8>, _) = (call.argument(index)?, call.argument::<i32>(index + 1)?);
+    let start = place.first().map_or(0, |place| *place as usize * ALIGNMENT);
+    let bytes = arena.as_slice().get(start..);
+    let bytes = bytes.ok_or_else(|| Fault::invalid(format!("a matrix at byte {start} lies past the arena")))?;
+    PackedMatrix::parse(bytes).map_err(|error| Fault::invalid(format!("the matrix at byte {start}: {error}")))
+}
+
+/// Fails unless an argument has the size that another one says.
+fn expect(what: &str, found: usize, expected: usize) -> Result<(), Fault> {
+    match found == expected {
+        true => Ok(()),
+        false => Err(Fault::invalid(format!("{what} is {found}, and the weights say {expected}"))),
+    }
+}
+
+struct Embed<Y>(std::marker::PhantomData<Y>);
+
+impl<Y: Activations> Kernel for Embed<Y> {
+    const NAME: &'static str = Y::EMBED;
+
+    fn call(call: &Call<'_>) -> Result<(), Fault> {
+        profile::timed(Self::NAME, || {
+            let (tokens, weight) = (call.argument::<i32>(0)?, matrix(call, 1)?);
+            let mut y = call.result::<Y>(0)?;
+            expect("the size of a row", y.dims::<2>()?[1], weight.columns())?;
+            apply_embed(&tokens, &weight, Y::own_mut(&mut y));
+            Ok(())
+        })
+    }
+}
+
+struct Linear<X, Y>(std::marker::PhantomData<(X, Y)>);
+
+impl<X: Activations, Y: Activations> Kernel for Linear<X, Y> {
+    const NAME: &'static str = X::LINEAR[Y::RESULT];
+
+    fn call(call: &Call<'_>) -> Result<(), Fault> {
+        profile::timed(Self::NAME, || {
+            let (x, weight) = (call.argument::<X>(0)?, matrix(call, 1)?);
+            let bias = call.attribute::<bool>("bias")?.then(|| call.argument::<f32>(3)).transpose()?;
+            let last = call.arguments() - 1;
+            let residual = call.attribute::<bool>("residual")?.then(|| call.argument::<Y>(last)).transpose()?;
+            let mut y = call.result::<Y>(0)?;
+            expect("the input's size", x.dims::<2>()?[1], weight.columns())?;
+            expect("the result's size", y.dims::<2>()?[1], weight.rows())?;
+            let epilogue = Epilogue { bias: bias.as_deref(), residual: residual.as_deref().map(Y::own) };
+            apply_linear(X::own(&x), &weight, epilogue, Y::own_mut(&mut y));
+            Ok(())
+        })
+    }
+}

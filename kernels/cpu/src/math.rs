@@ -1,0 +1,148 @@
+//! Elementary functions over slices.
+
+use torus_abi::fragment::Activation;
+
+use crate::Level;
+
+/// Applies an activation in place.
+pub fn activate(level: Level, values: &mut [f32], activation: Activation) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+        fn avx512(values: &mut [f32], activation: Activation) {
+            plain(values, activation);
+        }
+        #[target_feature(enable = "avx2,fma")]
+        fn avx2(values: &mut [f32], activation: Activation) {
+            plain(values, activation);
+        }
+        match level {
+            // SAFETY: the level is one that this machine has.
+            Level::Avx512 => return unsafe { avx512(values, activation) },
+            // SAFETY: as above.
+            Level::Avx2 => return unsafe { avx2(values, activation) },
+            _ => {}
+        }
+    }
+    let _ = level;
+    plain(values, activation);
+}
+
+#[inline(always)]
+fn plain(values: &mut [f32], activation: Activation) {
+    match activation {
+        Activation::Silu => values.iter_mut().for_each(|x| *x /= 1.0 + exp(-*x)),
+        Activation::GeluTanh => values.iter_mut().for_each(|x| *x = gelu_tanh(*x)),
+        Activation::Gelu => values.iter_mut().for_each(|x| *x = gelu(*x)),
+        Activation::Relu => values.iter_mut().for_each(|x| *x = if *x < 0.0 { 0.0 } else { *x }),
+    }
+}
+
+/// e to the power of `x`, to within about 2 units in the last place; 0 below -87.3, infinite above 88.7, NaN stays.
+/// Written so that loops over it become vector code: `2^n · e^r` with `|r| <= ln(2) / 2`, and a polynomial for `e^r`.
+#[inline(always)]
+pub fn exp(x: f32) -> f32 {
+    const LN2_HIGH: f32 = 0.693_359_4;
+    const LN2_LOW: f32 = -2.121_944_4e-4;
+    // Adding and subtracting it rounds to the nearest integer, whose bits then are the sum's lowest.
+    const ROUND: f32 = 12_582_912.0;
+    let clamped = if x > 89.0 { 89.0 } else { x };
+    let clamped = if clamped < -88.0 { -88.0 } else { clamped };
+    let shifted = clamped * std::f32::consts::LOG2_E + ROUND;
+    let n = shifted - ROUND;
+    let r = (clamped - n * LN2_HIGH) - n * LN2_LOW;
+    // Taylor's series, its last terms adjusted for the interval (Cephes, expf).
+    let mut p = 1.987_569_1e-4;
+    p = p * r + 1.398_199_9e-3;
+    p = p * r + 8.333_452e-3;
+    p = p * r + 4.166_579_6e-2;
+    p = p * r + 1.666_666_5e-1;
+    p = p * r + 0.5;
+    let e = p * (r * r) + r + 1.0;
+    // In two steps, so that 2^128 is reached and the exponent never wraps.
+    let n = shifted.to_bits().wrapping_sub(ROUND.to_bits()) as i32;
+    let half = n >> 1;
+    let power = |n: i32| f32::from_bits(((n + 127) << 23) as u32);
+    let value = e * power(half) * power(n - half);
+    if x < -87.336_54 { 0.0 } else { value }
+}
+
+/// GELU by its tanh approximation (Hendrycks and Gimpel, 2016).
+#[inline(always)]
+fn gelu_tanh(x: f32) -> f32 {
+    const SQRT_2_OVER_PI: f32 = 0.797_884_6;
+    let inner = SQRT_2_OVER_PI * (x + 0.044_715 * x * x * x);
+    // 0.5 (1 + tanh(y)) = 1 / (1 + exp(-2 y))
+    x / (1.0 + exp(-2.0 * inner))
+}
+
+/// GELU with the error function by Abramowitz and Stegun's formula 7.1.26, which is within 1.5e-7.
+#[inline(always)]
+fn gelu(x: f32) -> f32 {
+    let z = x.abs() * std::f32::consts::FRAC_1_SQRT_2;
+    let t = 1.0 / (1.0 + 0.327_591_1 * z);
+    let mut p = 1.061_405_4;
+    p = p * t - 1.453_152;
+    p = p * t + 1.421_413_7;
+    p = p * t - 0.284_496_74;
+    p = p * t + 0.254_829_6;
+    let tail = p * t * exp(-z * z);
+    // Half of the complementary error function, which keeps its digits where x is far below 0.
+    let below = 0.5 * tail;
+    x * if x < 0.0 { below } else { 1.0 - below }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn worst(range: std::ops::Range<i32>, found: impl Fn(f32) -> f32, exact: impl Fn(f64) -> f64) -> f64 {
+        let error = |x: f32| {
+            let expected = exact(f64::from(x));
+            (f64::from(found(x)) - expected).abs() / expected.abs().max(1e-30)
+        };
+        range.map(|i| error(i as f32 * 0.01)).fold(0.0, f64::max)
+    }
+
+    #[test]
+    fn exp_is_within_units_in_the_last_place_and_right_at_its_ends() {
+        assert!(worst(-8700..8860, exp, f64::exp) < 2e-7);
+        assert_eq!((exp(f32::NEG_INFINITY), exp(-1e30), exp(f32::INFINITY), exp(0.0)), (0.0, 0.0, f32::INFINITY, 1.0));
+        assert!(exp(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn activations_equal_their_definitions_at_every_level() {
+        let values: Vec<f32> = (-1200..1200).map(|i| i as f32 * 0.01).collect();
+        let exact = |activation: Activation, x: f64| match activation {
+            Activation::Silu => x / (1.0 + (-x).exp()),
+            Activation::Relu => x.max(0.0),
+            Activation::GeluTanh => {
+                0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x * x * x)).tanh())
+            }
+            Activation::Gelu => {
+                // The error function by its series, good enough up to 5; beyond, it is 1.
+                let z = x / 2f64.sqrt();
+                let mut term = z;
+                let mut sum = z;
+                for n in 1..200 {
+                    term *= -z * z / f64::from(n);
+                    sum += term / f64::from(2 * n + 1);
+                }
+                let erf = if z.abs() > 5.0 { z.signum() } else { sum * 2.0 / std::f64::consts::PI.sqrt() };
+                0.5 * x * (1.0 + erf)
+            }
+        };
+        for level in Level::available() {
+            for activation in [Activation::Silu, Activation::GeluTanh, Activation::Gelu, Activation::Relu] {
+                let mut found = values.clone();
+                activate(level, &mut found, activation);
+                for (x, found) in values.iter().zip(&found) {
+                    let expected = exact(activation, f64::from(*x));
+                    let error = (f64::from(*found) - expected).abs();
+                    assert!(error < 2e-6 * (1.0 + expected.abs()), "{level} {activation:?}({x}) = {found}, not {expected}");
+                }
+            }
+        }
+    }
+}
