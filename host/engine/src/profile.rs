@@ -1,4 +1,5 @@
-//! Records where steps spend their time, as a Chrome trace.
+//! Records where steps spend their time, as a Chrome trace: the host's work, the steps, and in them the calls of native
+//! kernels. Kernels of plugins loaded from files are not seen; they count as the rest of a step.
 
 use std::{fs, path::PathBuf, time::Instant};
 
@@ -23,8 +24,8 @@ struct Recording {
 
 struct Event {
     name: &'static str,
-    begin_us: u64,
-    duration_us: u64,
+    begin: Instant,
+    end: Instant,
     tokens: usize,
 }
 
@@ -36,6 +37,7 @@ impl Profiler {
         let directory = directory.map_or_else(std::env::temp_dir, PathBuf::from);
         let failed = |error| ProfileError(format!("output_dir cannot be made: {error}"));
         fs::create_dir_all(&directory).map_err(failed)?;
+        torus_cpu::ffi::start_profile();
         self.recording = Some(Recording { directory, started: Instant::now(), events: Vec::new(), dropped: 0 });
         Ok(())
     }
@@ -46,28 +48,28 @@ impl Profiler {
             recording.dropped += 1;
             return;
         }
-        recording.events.push(Event {
-            name,
-            begin_us: begin.saturating_duration_since(recording.started).as_micros() as u64,
-            duration_us: end.saturating_duration_since(begin).as_micros() as u64,
-            tokens,
-        });
+        recording.events.push(Event { name, begin, end, tokens });
     }
 
     /// Writes the trace (`chrome://tracing`, Perfetto) and returns its path.
     pub fn stop(&mut self) -> Result<String, ProfileError> {
         let recording = self.recording.take().ok_or_else(|| ProfileError("no profile is being recorded".into()))?;
+        let since = |then: Instant| then.saturating_duration_since(recording.started).as_nanos() as f64 * 1e-3;
+        // Rows of their own, so that steps in flight do not overlap with the host's work.
+        const HOST: u32 = 0;
+        const STEPS: u32 = 1;
+        const KERNELS: u32 = 2;
         let events = recording.events.iter().map(|event| {
-            // One row for each name, so that steps in flight do not overlap with the host's work.
-            let thread = match event.name {
-                "step" => 1,
-                _ => 0,
-            };
-            json!({"name": event.name, "ph": "X", "pid": 0, "tid": thread, "ts": event.begin_us,
-                "dur": event.duration_us, "args": {"tokens": event.tokens}})
+            let row = if event.name == "step" { STEPS } else { HOST };
+            json!({"name": event.name, "cat": "engine", "ph": "X", "pid": 0, "tid": row, "ts": since(event.begin),
+                "dur": since(event.end) - since(event.begin), "args": {"tokens": event.tokens}})
+        });
+        let kernels = torus_cpu::ffi::stop_profile().into_iter().map(|call| {
+            json!({"name": call.name, "cat": "kernel", "ph": "X", "pid": 0, "tid": KERNELS, "ts": since(call.begin),
+                "dur": since(call.end) - since(call.begin)})
         });
         let trace = json!({
-            "traceEvents": events.collect::<Vec<_>>(),
+            "traceEvents": events.chain(kernels).collect::<Vec<_>>(),
             "displayTimeUnit": "ms",
             "otherData": {"dropped": recording.dropped},
         });

@@ -8,7 +8,10 @@ const ALIGNMENT: usize = 64;
 
 #[repr(align(64))]
 #[derive(Clone, Copy)]
-struct Line([u8; ALIGNMENT]);
+struct Line(
+    #[expect(dead_code, reason = "only its size and alignment count")]
+    [u8; ALIGNMENT],
+);
 
 thread_local! {
     static WORKSPACE: RefCell<Workspace> = const { RefCell::new(Workspace { blocks: Vec::new() }) };
