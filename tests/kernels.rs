@@ -54,6 +54,7 @@ impl Attention for Picky {
             page_bytes: 4,
             inputs: vec![StepInput::Positions],
             context: vec![StepInput::Positions.tensor_type(&query.shape)],
+            layout: None,
         })
     }
 

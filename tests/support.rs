@@ -40,7 +40,7 @@ pub fn gemma3() -> PathBuf {
 pub fn linked_plugins() -> Registry {
     // Naming them makes the linker keep them.
     let models = (torus_model_gemma::PLUGIN, torus_model_llama::PLUGIN, torus_model_qwen::PLUGIN);
-    let _ = (models, torus_attention_native::PLUGIN);
+    let _ = (models, torus_attention_native::PLUGIN, torus_attention_flash::PLUGIN);
     Registry::linked().unwrap()
 }
 

@@ -44,6 +44,7 @@ impl Attention for PagedAttention {
             page_bytes: 2 * shape.page_size * row_bytes,
             inputs: INPUTS.to_vec(),
             context: INPUTS.iter().map(|input| input.tensor_type(shape)).collect(),
+            layout: None,
         })
     }
 

@@ -50,6 +50,7 @@ impl Attention for NativeLoop {
             page_bytes: 2 * shape.page_size * spec.kv_heads * spec.head_dim * DType::F32.bytes() as u64,
             inputs: INPUTS.to_vec(),
             context: INPUTS.iter().map(|input| input.tensor_type(shape)).collect(),
+            layout: None,
         })
     }
 

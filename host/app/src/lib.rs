@@ -28,6 +28,7 @@ use std::{io::Write, process::ExitCode};
 use clap::Parser;
 
 // Plugins that are linked in register themselves; naming their crates keeps the linker from leaving them out.
+use torus_attention_flash as _;
 use torus_attention_native as _;
 use torus_model_gemma as _;
 use torus_model_llama as _;

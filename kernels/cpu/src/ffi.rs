@@ -3,6 +3,7 @@
 //! A packed matrix comes as two operands: the arena `u8 [bytes]` that holds all matrices of a model, and the place in it
 //! `i32 []`, in units of [`ALIGNMENT`] bytes. Kernels are named for the dtypes of their activations.
 
+pub mod attention;
 mod blocks;
 mod profile;
 
@@ -62,9 +63,14 @@ pub fn gated_mlp(dtype: DType) -> String {
 
 /// The target of the attention half of a layer over pages of [`crate::attention::LAYOUT`]: `(x [tokens, hidden], norm,
 /// QKV: arena, place, bias?, output: arena, place, cos f32 [tokens, rotary], sin, pool…, context…) -> ([tokens, hidden],
-/// pool…)`.
-pub fn attention_block(dtype: DType) -> String {
-    target(if is_f32(dtype) { f32::ATTENTION_BLOCK } else { Bf16::ATTENTION_BLOCK })
+/// pool…)`; attributes as those of [`attention`], and `bias` and `norm_eps`. `None` for a cache that it does not have.
+pub fn attention_block(dtype: DType, kv_dtype: DType) -> Option<String> {
+    let names = if is_f32(dtype) { f32::ATTENTION_BLOCK } else { Bf16::ATTENTION_BLOCK };
+    Some(target(names[cache_index(kv_dtype)?]))
+}
+
+fn cache_index(kv_dtype: DType) -> Option<usize> {
+    [DType::F32, DType::Bf16, DType::I8].iter().position(|known| *known == kv_dtype)
 }
 
 struct Kernels;
@@ -80,15 +86,23 @@ impl KernelList for Kernels {
         Entry::new::<Self, Linear<Bf16, Bf16>>(),
         Entry::new::<Self, blocks::GatedMlp<f32>>(),
         Entry::new::<Self, blocks::GatedMlp<Bf16>>(),
+        Entry::new::<Self, attention::AttentionBlock<f32, f32>>(),
+        Entry::new::<Self, attention::AttentionBlock<f32, Bf16>>(),
+        Entry::new::<Self, attention::AttentionBlock<f32, i8>>(),
+        Entry::new::<Self, attention::AttentionBlock<Bf16, f32>>(),
+        Entry::new::<Self, attention::AttentionBlock<Bf16, Bf16>>(),
+        Entry::new::<Self, attention::AttentionBlock<Bf16, i8>>(),
     ];
 }
 
 /// An element of activations as XLA's FFI and as the kernels know it.
-trait Activations: Tensorial {
+pub trait Activations: Tensorial {
     /// The kernels' names.
     const EMBED: &'static str;
     const GATED_MLP: &'static str;
-    const ATTENTION_BLOCK: &'static str;
+    /// With a cache of f32, bf16 and int8.
+    const ATTENTION: [&'static str; 3];
+    const ATTENTION_BLOCK: [&'static str; 3];
     /// With this input, and results of f32 and bf16.
     const LINEAR: [&'static str; 2];
     /// Index into `LINEAR` of this result.
@@ -102,7 +116,9 @@ trait Activations: Tensorial {
 impl Activations for f32 {
     const EMBED: &'static str = "embed_f32";
     const GATED_MLP: &'static str = "gated_mlp_f32";
-    const ATTENTION_BLOCK: &'static str = "attention_block_f32";
+    const ATTENTION: [&'static str; 3] = ["attention_f32_f32", "attention_f32_bf16", "attention_f32_int8"];
+    const ATTENTION_BLOCK: [&'static str; 3] =
+        ["attention_block_f32_f32", "attention_block_f32_bf16", "attention_block_f32_int8"];
     const LINEAR: [&'static str; 2] = ["linear_f32_f32", "linear_f32_bf16"];
     const RESULT: usize = 0;
     type Own = f32;
@@ -119,7 +135,9 @@ impl Activations for f32 {
 impl Activations for Bf16 {
     const EMBED: &'static str = "embed_bf16";
     const GATED_MLP: &'static str = "gated_mlp_bf16";
-    const ATTENTION_BLOCK: &'static str = "attention_block_bf16";
+    const ATTENTION: [&'static str; 3] = ["attention_bf16_f32", "attention_bf16_bf16", "attention_bf16_int8"];
+    const ATTENTION_BLOCK: [&'static str; 3] =
+        ["attention_block_bf16_f32", "attention_block_bf16_bf16", "attention_block_bf16_int8"];
     const LINEAR: [&'static str; 2] = ["linear_bf16_f32", "linear_bf16_bf16"];
     const RESULT: usize = 1;
     type Own = bf16;

@@ -12,12 +12,14 @@
 //! - Results do not depend on how many threads there are: each output element is summed by one of them.
 
 pub mod activations;
+pub mod attention;
 mod error;
 pub mod ffi;
 mod level;
 pub mod linear;
 pub mod math;
 pub mod packed;
+pub mod rotary;
 pub mod workspace;
 
 pub use error::PackError;

@@ -20,7 +20,7 @@ use crate::{
 };
 
 #[cfg(target_arch = "x86_64")]
-mod avx512;
+pub(crate) mod avx512;
 mod portable;
 #[cfg(test)]
 mod tests;

@@ -52,12 +52,24 @@ pub struct AttentionAnswer {
     /// Types of the parts of the context.
     #[serde(default)]
     pub context: Vec<TensorType>,
+    /// The published layout that pool and context follow, if they follow one: a host with kernels for it may serve
+    /// coarser imports by itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub layout: Option<String>,
 }
 
 impl AttentionAnswer {
     /// The answer of a plugin that cannot serve the query.
     pub fn refuse(reason: impl Into<String>) -> Self {
-        Self { score: 0, reason: reason.into(), pool: vec![], page_bytes: 0, inputs: vec![], context: vec![] }
+        Self {
+            score: 0,
+            reason: reason.into(),
+            pool: vec![],
+            page_bytes: 0,
+            inputs: vec![],
+            context: vec![],
+            layout: None,
+        }
     }
 }
 

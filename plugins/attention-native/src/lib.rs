@@ -58,6 +58,7 @@ impl Attention for Native {
             page_bytes: 2 * shape.page_size * row_bytes,
             inputs: graph::INPUTS.to_vec(),
             context: graph::context_types(shape),
+            layout: None,
         })
     }
 

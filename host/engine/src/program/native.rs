@@ -5,8 +5,9 @@ use torus_abi::{
     DType,
     attention::{AttentionAnswer, AttentionQuery},
     fragment::{Activation, Import, Operation, WeightOperand},
+    model::AttentionSpec,
 };
-use torus_cpu::ffi;
+use torus_cpu::{attention, ffi};
 use torus_hlo::{Attribute, CustomCall, Shape};
 use torus_plugins::{LinkError, link::Implementation};
 
@@ -39,6 +40,13 @@ pub(crate) fn implement(import: &Import, native: &Native<'_>) -> Result<Option<I
                 .with("activation", Attribute::I64(activation_number(*activation)))
                 .with("norm_eps", Attribute::F32(*norm_eps))
         }
+        Operation::AttentionBlock { qkv, qkv_bias, o, kind, pool_parts, norm_eps, .. }
+            if is_packed(qkv) && is_packed(o) =>
+        {
+            let block = Block { kind: *kind, bias: qkv_bias.is_some(), pool_parts: *pool_parts, norm_eps: *norm_eps };
+            let Some(call) = attention_block(import, native, &block) else { return Ok(None) };
+            call
+        }
         _ => return Ok(None),
     };
     functions(import, |builder| {
@@ -67,6 +75,42 @@ fn call(import: &Import, target: String) -> CustomCall {
 
 fn activation_number(activation: Activation) -> i64 {
     ffi::ACTIVATIONS.iter().position(|known| *known == activation).unwrap_or_default() as i64
+}
+
+struct Block {
+    kind: usize,
+    bias: bool,
+    pool_parts: usize,
+    norm_eps: f32,
+}
+
+/// The whole attention half of a layer, if the plugin keeps pages in the layout that the kernels here know.
+fn attention_block(import: &Import, native: &Native<'_>, block: &Block) -> Option<CustomCall> {
+    let (query, answer) = native.kinds.get(block.kind)?;
+    if answer.layout.as_deref() != Some(attention::LAYOUT) {
+        return None;
+    }
+    let AttentionSpec { q_heads, kv_heads, head_dim, scale, window, soft_cap, .. } = query.spec.clone();
+    let mut call = call(import, ffi::attention_block(input_dtype(import)?, query.kv_dtype)?)
+        .with("bias", Attribute::Bool(block.bias))
+        .with("norm_eps", Attribute::F32(block.norm_eps))
+        .with("q_heads", Attribute::I64(q_heads as i64))
+        .with("kv_heads", Attribute::I64(kv_heads as i64))
+        .with("head_dim", Attribute::I64(head_dim as i64))
+        .with("page_size", Attribute::I64(query.shape.page_size as i64))
+        .with("scale", Attribute::F32(scale));
+    if let Some(window) = window {
+        call = call.with("window", Attribute::I64(window as i64));
+    }
+    if let Some(cap) = soft_cap {
+        call = call.with("soft_cap", Attribute::F32(cap));
+    }
+    // x, norm, QKV (arena and place), bias?, output (arena and place), cos, sin, then the pool.
+    let pool = 8 + usize::from(block.bias);
+    for part in 0..block.pool_parts {
+        call = call.alias(1 + part, pool + part);
+    }
+    Some(call)
 }
 
 #[cfg(test)]

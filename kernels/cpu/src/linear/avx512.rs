@@ -30,6 +30,7 @@ macro_rules! for_rows {
         }
     };
 }
+pub(crate) use for_rows;
 
 /// As [`super::tile::tile`].
 pub(super) fn tile(
@@ -101,7 +102,7 @@ macro_rules! float {
         /// `x` points to `M` rows of `steps` elements, `x_stride` apart, `weights` to a group of as many, `out` to `M` rows of 16,
         /// `out_stride` apart.
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni")]
-        unsafe fn $stream<const M: usize>(
+        pub(crate) unsafe fn $stream<const M: usize>(
             x: *const $x,
             x_stride: usize,
             weights: *const u8,
@@ -152,7 +153,7 @@ macro_rules! float {
         /// # Safety
         /// As above, with two groups, and rows of 32 in `out`.
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni")]
-        unsafe fn $pair<const M: usize>(
+        pub(crate) unsafe fn $pair<const M: usize>(
             x: *const $x,
             x_stride: usize,
             weights: [*const u8; 2],
@@ -200,7 +201,7 @@ float!(
 );
 
 #[inline(always)]
-fn pairs(bits: __m512i) -> __m512bh {
+pub(crate) fn pairs(bits: __m512i) -> __m512bh {
     // SAFETY: both are 512 bits without invalid values.
     unsafe { std::mem::transmute(bits) }
 }

@@ -1,0 +1,311 @@
+//! Ragged paged attention: decoding, chunks of prompts and mixtures of both in one call.
+//!
+//! Every query attends causally to its own sequence, whose keys and values lie in pages ([`pages`]). The new ones are
+//! written in the same call. Work is cut into *tiles* of query rows, some tokens by the heads that share a KV head, which
+//! walk over the sequence with a running softmax ("FlashAttention", Dao et al., 2022; "Online normalizer calculation for
+//! softmax", Milakov and Gimelshein, 2018). Where there are fewer tiles than threads, the sequence is split too, and the
+//! parts are merged.
+
+use half::bf16;
+use torus_abi::kernel::{parallel_for, threads};
+
+use crate::{
+    activations::{Element, load, store},
+    level,
+    linear::Shared,
+    workspace::{Frame, Plain, with_frame},
+};
+
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+pub mod pages;
+mod portable;
+#[cfg(test)]
+mod tests;
+mod tile;
+
+pub use pages::{KvElement, PoolShape};
+use tile::{BLOCK_TOKENS, Partial, Tile};
+
+/// The name of the pages' and the metadata's layout. An attention plugin that answers it lets the host serve coarser
+/// imports with these kernels.
+pub const LAYOUT: &str = "torus-cpu-paged-1";
+
+/// Query rows of a tile at most.
+const TILE_ROWS: usize = crate::linear::TILE_ROWS;
+
+/// What attention computes, beside its tensors.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Params {
+    pub q_heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    pub page_size: usize,
+    /// Factor on the scores.
+    pub scale: f32,
+    /// Only so many last tokens are seen, the current one included.
+    pub window: Option<usize>,
+    /// Scores become `cap * tanh(score / cap)`.
+    pub soft_cap: Option<f32>,
+}
+
+impl Params {
+    /// Why these cannot be served, if they cannot.
+    pub fn supports(&self) -> Result<(), String> {
+        let Self { q_heads, kv_heads, head_dim, page_size, .. } = *self;
+        if kv_heads == 0 || !q_heads.is_multiple_of(kv_heads) || q_heads == 0 {
+            return Err(format!("{q_heads} query heads do not divide among {kv_heads} KV heads"));
+        }
+        if head_dim == 0 || !head_dim.is_multiple_of(pages::GROUP) {
+            return Err(format!("heads of {head_dim} dimensions are no multiple of {}", pages::GROUP));
+        }
+        if page_size == 0 || !page_size.is_multiple_of(pages::GROUP) {
+            return Err(format!("pages of {page_size} tokens are no multiple of {}", pages::GROUP));
+        }
+        Ok(())
+    }
+
+    /// The sizes of the axes of a layer's pool, and of its scales: see [`pages`].
+    pub fn pool_dims(&self, pages: u64) -> [[u64; 5]; 2] {
+        let groups = (self.page_size / pages::GROUP) as u64;
+        let dims = |last: usize| [pages, self.kv_heads as u64, groups, 2, last as u64];
+        [dims(pages::GROUP * self.head_dim), dims(pages::GROUP)]
+    }
+}
+
+/// What the step says of its sequences; see `torus_abi::step`.
+#[derive(Clone, Copy, Debug)]
+pub struct Step<'a> {
+    /// `[tokens]`
+    pub kv_slot: &'a [i32],
+    /// `[seqs + 1]`
+    pub cu_q_lens: &'a [i32],
+    /// `[seqs]`
+    pub kv_lens: &'a [i32],
+    /// `[seqs]`
+    pub page_begin: &'a [i32],
+    /// `[page_table]`
+    pub page_table: &'a [i32],
+    pub num_seqs: usize,
+}
+
+impl Step<'_> {
+    /// Tokens that are no padding.
+    pub fn tokens(&self) -> usize {
+        self.cu_q_lens.get(self.num_seqs).map_or(0, |tokens| *tokens as usize)
+    }
+
+    /// What is wrong with it, if memory outside of the pool or the tensors would be touched.
+    fn check(&self, params: &Params, tokens: usize, pages: usize) -> Result<(), String> {
+        let seqs = self.num_seqs;
+        if self.cu_q_lens.len() <= seqs || self.kv_lens.len() < seqs || self.page_begin.len() < seqs {
+            return Err(format!("{seqs} sequences are more than the step's arrays hold"));
+        }
+        if self.tokens() > tokens || self.kv_slot.len() < self.tokens() {
+            return Err(format!("{} tokens are more than the step's arrays hold", self.tokens()));
+        }
+        for seq in 0..seqs {
+            let (start, end) = (self.cu_q_lens[seq], self.cu_q_lens[seq + 1]);
+            let (len, begin) = (self.kv_lens[seq], self.page_begin[seq]);
+            if start < 0 || end < start || len < end - start || begin < 0 {
+                return Err(format!("sequence {seq} has {} new tokens of {len}", end - start));
+            }
+            let count = (len as usize).div_ceil(params.page_size);
+            let of_sequence = self.page_table.get(begin as usize..begin as usize + count);
+            let is_page = |page: &i32| usize::try_from(*page).is_ok_and(|page| page < pages);
+            if !of_sequence.is_some_and(|of_sequence| of_sequence.iter().all(is_page)) {
+                return Err(format!("the pages of sequence {seq} are not in the pool"));
+            }
+        }
+        let slots = (pages * params.page_size) as i32;
+        match self.kv_slot[..self.tokens()].iter().find(|slot| !(0..slots).contains(*slot)) {
+            Some(slot) => Err(format!("slot {slot} is not in the pool")),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Rows of a tensor of which each holds, somewhere, the heads of one token.
+#[derive(Clone, Copy, Debug)]
+pub struct Rows<'a, X> {
+    pub data: &'a [X],
+    /// Elements from a token's row to the next.
+    pub stride: usize,
+}
+
+impl<'a, X: Element> Rows<'a, X> {
+    /// The elements of one head.
+    fn head(&self, token: usize, head: usize, head_dim: usize) -> &'a [X] {
+        &self.data[token * self.stride + head * head_dim..][..head_dim]
+    }
+}
+
+/// Queries, keys and values of the step's tokens.
+#[derive(Clone, Copy, Debug)]
+pub struct Inputs<'a, X> {
+    pub q: Rows<'a, X>,
+    pub k: Rows<'a, X>,
+    pub v: Rows<'a, X>,
+}
+
+/// Writes the new keys and values into the pool, and gives `[tokens, q_heads, head_dim]`; rows of padding become zeros.
+///
+/// # Errors
+/// If the step's metadata reach outside of the pool.
+///
+/// # Panics
+/// If a slice is shorter than the others say.
+pub fn attention<X: Element, Y: Element, K: KvElement>(
+    params: &Params,
+    step: &Step<'_>,
+    inputs: &Inputs<'_, X>,
+    pool: &mut [K],
+    scales: &mut [f32],
+    out: &mut [Y],
+) -> Result<(), String> {
+    let shape = PoolShape::new(params);
+    let width = params.q_heads * params.head_dim;
+    step.check(params, out.len() / width, pool.len() / shape.page_elements())?;
+    pages::write(params, step, inputs, pool, scales);
+    out[step.tokens() * width..].fill(Y::default());
+    with_frame(|frame| attend(frame, params, step, &inputs.q, pool, scales, out));
+    Ok(())
+}
+
+/// Attends to what the pool holds.
+fn attend<X: Element, Y: Element, K: KvElement>(
+    frame: &Frame,
+    params: &Params,
+    step: &Step<'_>,
+    queries: &Rows<'_, X>,
+    pool: &[K],
+    scales: &[f32],
+    out: &mut [Y],
+) {
+    let items = items(frame, params, step);
+    let rows_of = TILE_ROWS * (params.head_dim + 2);
+    let splits = splits(items, step);
+    let partials = frame.take::<f32>(if splits > 1 { items.len() * splits * rows_of } else { 0 });
+    let (shared, parts) = (Shared::new(out), Shared::new(partials));
+    let level = level();
+    parallel_for(items.len() * splits, |index| {
+        let tile = Tile::new(params, step, &items[index / splits], pool, scales);
+        let range = tile.part(index % splits, splits);
+        with_frame(|frame| {
+            let partial = Partial {
+                sums: frame.take(tile.rows() * params.head_dim),
+                peaks: frame.take(TILE_ROWS),
+                totals: frame.take(TILE_ROWS),
+            };
+            let mut partial = partial;
+            let q = frame.take::<K::Compute>(tile.rows() * params.head_dim);
+            load_queries(&tile, params, queries, q);
+            tile.attend(level, frame, q, range, &mut partial);
+            if splits == 1 {
+                finish(&tile, params, &partial, &shared);
+            } else {
+                // SAFETY: each index comes once.
+                partial.save(unsafe { parts.slice(index * rows_of..(index + 1) * rows_of) }, params.head_dim);
+            }
+        });
+    });
+    if splits > 1 {
+        for (index, item) in items.iter().enumerate() {
+            let tile = Tile::new(params, step, item, pool, scales);
+            with_frame(|frame| {
+                let (sums, peaks) = (frame.take(tile.rows() * params.head_dim), frame.take(TILE_ROWS));
+                let mut merged = Partial { sums, peaks, totals: frame.take(TILE_ROWS) };
+                merged.clear(tile.rows());
+                for split in 0..splits {
+                    let part = &partials[(index * splits + split) * rows_of..][..rows_of];
+                    merged.merge(part, tile.rows(), params.head_dim);
+                }
+                finish(&tile, params, &merged, &shared);
+            });
+        }
+    }
+}
+
+/// A tile's place: sequence, KV head, first row of the sequence's `tokens * group` rows with this KV head, rows.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub(crate) struct Item {
+    seq: u32,
+    kv_head: u32,
+    first: u32,
+    rows: u32,
+}
+
+impl Plain for Item {}
+
+/// All tiles of a step, those of late tokens, which see most, first.
+fn items<'w>(frame: &'w Frame, params: &Params, step: &Step<'_>) -> &'w [Item] {
+    let group = params.q_heads / params.kv_heads;
+    // Whole tokens, so that the rows of a tile differ little in what they see, unless one token has more heads.
+    let tile_rows = if group > TILE_ROWS { TILE_ROWS } else { TILE_ROWS / group * group };
+    let rows_of = |seq: usize| (step.cu_q_lens[seq + 1] - step.cu_q_lens[seq]) as usize * group;
+    let count: usize = (0..step.num_seqs).map(|seq| rows_of(seq).div_ceil(tile_rows)).sum();
+    let items = frame.take::<Item>(count * params.kv_heads);
+    let mut rest = items.iter_mut();
+    for seq in 0..step.num_seqs {
+        let rows = rows_of(seq);
+        for tile in (0..rows.div_ceil(tile_rows)).rev() {
+            for kv_head in 0..params.kv_heads {
+                let Some(item) = rest.next() else { break };
+                let first = tile * tile_rows;
+                let rows = tile_rows.min(rows - first);
+                *item = Item { seq: seq as u32, kv_head: kv_head as u32, first: first as u32, rows: rows as u32 };
+            }
+        }
+    }
+    items
+}
+
+/// Into how many parts each sequence is cut, so that all threads have work.
+fn splits(items: &[Item], step: &Step<'_>) -> usize {
+    let threads = threads();
+    if threads == 1 || items.len() >= 4 * threads || items.is_empty() {
+        return 1;
+    }
+    let longest = step.kv_lens[..step.num_seqs].iter().max().map_or(0, |len| *len as usize);
+    (4 * threads).div_ceil(items.len()).min(longest.div_ceil(BLOCK_TOKENS)).max(1)
+}
+
+fn load_queries<X: Element, C: pages::Compute>(
+    tile: &Tile<'_, impl KvElement>,
+    params: &Params,
+    queries: &Rows<'_, X>,
+    q: &mut [C],
+) {
+    for (row, q) in q.chunks_exact_mut(params.head_dim).enumerate() {
+        let (token, head) = tile.place(row);
+        let values = queries.head(token, head, params.head_dim);
+        C::convert(values, q);
+    }
+}
+
+/// Divides by the totals, and rounds.
+fn finish<Y: Element>(tile: &Tile<'_, impl KvElement>, params: &Params, partial: &Partial<'_>, out: &Shared<'_, Y>) {
+    with_frame(|frame| {
+        let values = frame.take::<f32>(params.head_dim);
+        for row in 0..tile.rows() {
+            let (token, head) = tile.place(row);
+            let sums = &partial.sums[row * params.head_dim..][..params.head_dim];
+            let factor = 1.0 / partial.totals[row];
+            values.iter_mut().zip(sums).for_each(|(value, sum)| *value = sum * factor);
+            let start = (token * params.q_heads + head) * params.head_dim;
+            // SAFETY: each query row belongs to one tile, which is finished once.
+            store(values, unsafe { out.slice(start..start + params.head_dim) });
+        }
+    });
+}
+
+/// The element type that products are made of.
+pub(crate) fn to_bf16(values: &[f32], out: &mut [bf16]) {
+    store(values, out);
+}
+
+/// The values of a row, as f32.
+pub(crate) fn to_f32<X: Element>(values: &[X], out: &mut [f32]) {
+    load(values, out);
+}

@@ -1,0 +1,115 @@
+//! The products of attention with AVX-512: those of linear layers, over the groups of pages.
+
+use std::arch::x86_64::*;
+
+use super::{
+    TILE_ROWS,
+    pages::{Compute, GROUP},
+    tile::BLOCK_TOKENS,
+};
+use crate::linear::avx512::{bf16_pair, bf16_stream, f32_pair, f32_stream, for_rows, pairs};
+
+/// Bytes of a register.
+const REGISTER: usize = 64;
+
+pub(super) fn scores<C: Compute>(q: &[C], rows: usize, head_dim: usize, groups: &[&[C]], out: &mut [f32]) {
+    assert!((1..=TILE_ROWS).contains(&rows) && q.len() >= rows * head_dim && out.len() >= rows * BLOCK_TOKENS);
+    assert!(groups.len() * GROUP <= BLOCK_TOKENS && groups.iter().all(|group| group.len() == 2 * GROUP * head_dim));
+    assert!(head_dim.is_multiple_of(16));
+    let q = q.as_ptr();
+    for (index, both) in groups.chunks(2).enumerate() {
+        let out = out[index * 2 * GROUP..].as_mut_ptr();
+        let first = both[0].as_ptr().cast();
+        // SAFETY: this level has the instructions; `q` has `rows` rows of `head_dim`, `out` as many of `BLOCK_TOKENS`, and
+        // each group begins with its keys (asserted above).
+        unsafe {
+            match (C::PAIRS, both.get(1).map(|second| second.as_ptr().cast())) {
+                (true, Some(second)) => {
+                    let steps = head_dim / 2;
+                    for_rows!(rows, bf16_pair, [], (q.cast(), steps, [first, second], steps, out, BLOCK_TOKENS));
+                }
+                (true, None) => {
+                    let steps = head_dim / 2;
+                    for_rows!(rows, bf16_stream, [], (q.cast(), steps, first, steps, out, BLOCK_TOKENS));
+                }
+                (false, Some(second)) => {
+                    for_rows!(rows, f32_pair, [], (q.cast(), head_dim, [first, second], head_dim, out, BLOCK_TOKENS));
+                }
+                (false, None) => {
+                    for_rows!(rows, f32_stream, [], (q.cast(), head_dim, first, head_dim, out, BLOCK_TOKENS));
+                }
+            }
+        }
+    }
+}
+
+pub(super) fn weighted<C: Compute>(weights: &[C], rows: usize, head_dim: usize, groups: &[&[C]], sums: &mut [f32]) {
+    assert!((1..=TILE_ROWS).contains(&rows) && weights.len() >= rows * BLOCK_TOKENS && sums.len() >= rows * head_dim);
+    assert!(groups.len() * GROUP <= BLOCK_TOKENS && groups.iter().all(|group| group.len() == 2 * GROUP * head_dim));
+    assert!(head_dim.is_multiple_of(16));
+    let mut values = [std::ptr::null(); BLOCK_TOKENS / GROUP];
+    for (values, group) in values.iter_mut().zip(groups) {
+        *values = group[GROUP * head_dim..].as_ptr().cast::<u8>();
+    }
+    let (values, weights, sums) = (&values[..groups.len()], weights.as_ptr(), sums.as_mut_ptr());
+    // SAFETY: this level has the instructions; the rows are as long as the loops go, and each group ends with its values
+    // (asserted above).
+    unsafe {
+        if C::PAIRS {
+            for_rows!(rows, weighted_bf16, [], (weights.cast(), head_dim, values, sums));
+        } else {
+            for_rows!(rows, weighted_f32, [], (weights.cast(), head_dim, values, sums));
+        }
+    }
+}
+
+macro_rules! weighted {
+    ($name:ident, $x:ty, $steps:literal, |$sum:ident, $w:ident, $value:ident| $add:expr) => {
+        /// # Safety
+        /// `weights` points to `M` rows of [`BLOCK_TOKENS`] elements, `values` to groups of values, `sums` to `M` rows of
+        /// `head_dim`.
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni")]
+        unsafe fn $name<const M: usize>(weights: *const $x, head_dim: usize, values: &[*const u8], sums: *mut f32) {
+            /// Registers of a group's values for 16 dimensions.
+            const STEPS: usize = $steps;
+            const STRIDE: usize = BLOCK_TOKENS / GROUP * STEPS;
+            let blocks = head_dim / 16;
+            let mut block = 0;
+            while block < blocks {
+                let second = if block + 1 < blocks { 1 } else { 0 };
+                // SAFETY: the caller's promise.
+                unsafe {
+                    let mut held = [[_mm512_setzero_ps(); 2]; M];
+                    for row in 0..M {
+                        for side in 0..=second {
+                            held[row][side] = _mm512_loadu_ps(sums.add(row * head_dim + (block + side) * 16));
+                        }
+                    }
+                    for (group, values) in values.iter().enumerate() {
+                        let first = values.add(block * STEPS * REGISTER);
+                        let other = values.add((block + second) * STEPS * REGISTER);
+                        for step in 0..STEPS {
+                            let both = [first, other].map(|values| _mm512_loadu_si512(values.add(step * REGISTER).cast()));
+                            for row in 0..M {
+                                let $value = weights.add(row * STRIDE + group * STEPS + step).read_unaligned();
+                                for side in 0..2 {
+                                    let ($sum, $w) = (held[row][side], both[side]);
+                                    held[row][side] = $add;
+                                }
+                            }
+                        }
+                    }
+                    for row in 0..M {
+                        for side in 0..=second {
+                            _mm512_storeu_ps(sums.add(row * head_dim + (block + side) * 16), held[row][side]);
+                        }
+                    }
+                }
+                block += 2;
+            }
+        }
+    };
+}
+
+weighted!(weighted_bf16, i32, 8, |sum, w, value| _mm512_dpbf16_ps(sum, pairs(w), pairs(_mm512_set1_epi32(value))));
+weighted!(weighted_f32, f32, 16, |sum, w, value| _mm512_fmadd_ps(_mm512_castsi512_ps(w), _mm512_set1_ps(value), sum));

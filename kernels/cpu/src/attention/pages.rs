@@ -1,0 +1,242 @@
+//! How keys and values lie in a layer's pool.
+//!
+//! A pool is `[pages, kv_heads, page_size / 16, 2, 16 * head_dim]`: for each page and KV head, *groups* of 16 tokens,
+//! first their keys, then their values, interleaved so that products read whole registers:
+//! - keys in bf16: `[head_dim / 2][16 tokens][2]`; f32: `[head_dim][16 tokens]`;
+//! - values in bf16: `[head_dim / 16][16 / 2 tokens][16][2 tokens]`; f32: `[head_dim / 16][16 tokens][16]`;
+//! - int8 lies as f32 does, and has a second pool of scales `f32 [pages, kv_heads, page_size / 16, 2, 16]`, one for each
+//!   token's keys and one for its values: `x = scale * q`.
+//!
+//! The first token of a group clears it, so that no value is left in it that is no number: its weight of 0 would not
+//! hide it.
+
+use half::bf16;
+use torus_abi::kernel::parallel_for;
+
+use super::{Inputs, Params, Step, to_bf16, to_f32};
+use crate::{
+    activations::Element,
+    linear::Shared,
+    workspace::{Plain, with_frame},
+};
+
+/// Tokens of a group.
+pub(crate) const GROUP: usize = 16;
+
+/// Sizes of a pool, in elements.
+#[derive(Clone, Copy, Debug)]
+pub struct PoolShape {
+    head_dim: usize,
+    groups: usize,
+    kv_heads: usize,
+}
+
+impl PoolShape {
+    pub fn new(params: &Params) -> Self {
+        Self { head_dim: params.head_dim, groups: params.page_size / GROUP, kv_heads: params.kv_heads }
+    }
+
+    pub fn page_elements(&self) -> usize {
+        self.kv_heads * self.groups * self.group_elements()
+    }
+
+    /// Keys and values of 16 tokens.
+    pub(crate) fn group_elements(&self) -> usize {
+        2 * GROUP * self.head_dim
+    }
+
+    /// The number of a group.
+    pub(crate) fn group(&self, page: usize, kv_head: usize, group: usize) -> usize {
+        (page * self.kv_heads + kv_head) * self.groups + group
+    }
+}
+
+/// What products over cached elements are computed in.
+pub trait Compute: Plain + Default {
+    /// Whether keys come in pairs of dimensions, and values in pairs of tokens.
+    const PAIRS: bool;
+
+    fn convert<X: Element>(values: &[X], out: &mut [Self]);
+    fn from_f32(value: f32) -> Self;
+    fn to_f32(self) -> f32;
+}
+
+impl Compute for f32 {
+    const PAIRS: bool = false;
+
+    fn convert<X: Element>(values: &[X], out: &mut [Self]) {
+        to_f32(values, out);
+    }
+
+    fn from_f32(value: f32) -> Self {
+        value
+    }
+
+    fn to_f32(self) -> f32 {
+        self
+    }
+}
+
+impl Compute for bf16 {
+    const PAIRS: bool = true;
+
+    fn convert<X: Element>(values: &[X], out: &mut [Self]) {
+        if let Some(values) = X::as_bf16(values) {
+            out.copy_from_slice(values);
+        } else if let Some(values) = X::as_f32(values) {
+            to_bf16(values, out);
+        }
+    }
+
+    fn from_f32(value: f32) -> Self {
+        Self::from_f32(value)
+    }
+
+    fn to_f32(self) -> f32 {
+        self.to_f32()
+    }
+}
+
+/// An element of the cache.
+pub trait KvElement: Plain {
+    type Compute: Compute;
+    /// Whether each token has scales.
+    const SCALED: bool;
+
+    fn zero() -> Self;
+    /// Of a value divided by its token's scale.
+    fn store(value: f32) -> Self;
+    fn load(self) -> f32;
+    /// A slice of elements that products read as they are.
+    fn as_compute(group: &[Self]) -> Option<&[Self::Compute]>;
+}
+
+impl KvElement for f32 {
+    type Compute = f32;
+    const SCALED: bool = false;
+
+    fn zero() -> Self {
+        0.0
+    }
+
+    fn store(value: f32) -> Self {
+        value
+    }
+
+    fn load(self) -> f32 {
+        self
+    }
+
+    fn as_compute(group: &[Self]) -> Option<&[f32]> {
+        Some(group)
+    }
+}
+
+impl KvElement for bf16 {
+    type Compute = bf16;
+    const SCALED: bool = false;
+
+    fn zero() -> Self {
+        bf16::ZERO
+    }
+
+    fn store(value: f32) -> Self {
+        bf16::from_f32(value)
+    }
+
+    fn load(self) -> f32 {
+        self.to_f32()
+    }
+
+    fn as_compute(group: &[Self]) -> Option<&[bf16]> {
+        Some(group)
+    }
+}
+
+/// Largest int8 of a token.
+const LARGEST: f32 = 127.0;
+
+impl KvElement for i8 {
+    type Compute = f32;
+    const SCALED: bool = true;
+
+    fn zero() -> Self {
+        0
+    }
+
+    fn store(value: f32) -> Self {
+        value.round_ties_even().clamp(-LARGEST, LARGEST) as i8
+    }
+
+    fn load(self) -> f32 {
+        f32::from(self)
+    }
+
+    fn as_compute(_: &[Self]) -> Option<&[f32]> {
+        None
+    }
+}
+
+/// Where dimension `d` of token `t`'s key lies in a group's keys.
+#[inline(always)]
+pub(crate) fn key_at(pairs: bool, t: usize, d: usize) -> usize {
+    if pairs { (d / 2 * GROUP + t) * 2 + d % 2 } else { d * GROUP + t }
+}
+
+/// Where dimension `d` of token `t`'s value lies in a group's values.
+#[inline(always)]
+pub(crate) fn value_at(pairs: bool, t: usize, d: usize) -> usize {
+    let (block, lane) = (d / 16, d % 16);
+    if pairs { ((block * GROUP / 2 + t / 2) * 16 + lane) * 2 + t % 2 } else { (block * GROUP + t) * 16 + lane }
+}
+
+/// Writes the keys and values of a step's tokens.
+pub(crate) fn write<X: Element, K: KvElement>(
+    params: &Params,
+    step: &Step<'_>,
+    inputs: &Inputs<'_, X>,
+    pool: &mut [K],
+    scales: &mut [f32],
+) {
+    let (shape, head_dim) = (PoolShape::new(params), params.head_dim);
+    let (groups, scales) = (Shared::new(pool), Shared::new(scales));
+    parallel_for(params.kv_heads, |kv_head| {
+        with_frame(|frame| {
+            let values = frame.take::<f32>(head_dim);
+            for (token, slot) in step.kv_slot[..step.tokens()].iter().enumerate() {
+                let slot = *slot as usize;
+                let (page, offset) = (slot / params.page_size, slot % params.page_size);
+                let (group, t) = (shape.group(page, kv_head, offset / GROUP), offset % GROUP);
+                let start = group * shape.group_elements();
+                // SAFETY: the groups of a head are this thread's alone.
+                let elements = unsafe { groups.slice(start..start + shape.group_elements()) };
+                if t == 0 {
+                    elements.fill(K::zero());
+                }
+                let (keys, held) = elements.split_at_mut(GROUP * head_dim);
+                let scaled = |part: usize, values: &mut [f32]| {
+                    if K::SCALED {
+                        let largest = values.iter().fold(0f32, |most, value| most.max(value.abs()));
+                        let at = (group * 2 + part) * GROUP + t;
+                        // SAFETY: as above.
+                        let scale = unsafe { scales.slice(at..at + 1) };
+                        scale[0] = largest / LARGEST;
+                        let inverse = if largest > 0.0 { LARGEST / largest } else { 0.0 };
+                        values.iter_mut().for_each(|value| *value *= inverse);
+                    }
+                };
+                let pairs = K::Compute::PAIRS;
+                to_f32(inputs.k.head(token, kv_head, head_dim), values);
+                scaled(0, values);
+                for (d, value) in values.iter().enumerate() {
+                    keys[key_at(pairs, t, d)] = K::store(*value);
+                }
+                to_f32(inputs.v.head(token, kv_head, head_dim), values);
+                scaled(1, values);
+                for (d, value) in values.iter().enumerate() {
+                    held[value_at(pairs, t, d)] = K::store(*value);
+                }
+            }
+        });
+    });
+}

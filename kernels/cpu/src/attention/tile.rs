@@ -1,0 +1,275 @@
+//! One tile of query rows, and its walk over a sequence.
+
+use std::ops::Range;
+
+use super::{
+    Item, Params, Step, TILE_ROWS,
+    pages::{Compute, GROUP, KvElement, PoolShape},
+    portable,
+};
+use crate::{Level, math::exp, workspace::Frame};
+
+/// Tokens whose scores are computed at a time.
+pub(super) const BLOCK_TOKENS: usize = 64;
+const BLOCK_GROUPS: usize = BLOCK_TOKENS / GROUP;
+
+/// Some query rows that share a KV head and a sequence.
+pub(super) struct Tile<'a, K> {
+    params: &'a Params,
+    step: &'a Step<'a>,
+    item: Item,
+    pool: &'a [K],
+    scales: &'a [f32],
+    /// Heads that share the KV head.
+    group: usize,
+    /// The sequence's length before this step's tokens.
+    past: usize,
+}
+
+/// The running softmax of a tile's rows.
+pub(super) struct Partial<'w> {
+    /// `[rows, head_dim]`: values weighted relative to the peak.
+    pub sums: &'w mut [f32],
+    /// Largest score so far.
+    pub peaks: &'w mut [f32],
+    /// Sum of the weights.
+    pub totals: &'w mut [f32],
+}
+
+impl Partial<'_> {
+    pub fn clear(&mut self, rows: usize) {
+        self.sums.fill(0.0);
+        self.peaks[..rows].fill(f32::NEG_INFINITY);
+        self.totals[..rows].fill(0.0);
+    }
+
+    /// Writes sums, peaks and totals one after the other.
+    pub fn save(&self, out: &mut [f32], head_dim: usize) {
+        let (sums, rest) = out.split_at_mut(TILE_ROWS * head_dim);
+        sums[..self.sums.len()].copy_from_slice(self.sums);
+        rest[..TILE_ROWS].copy_from_slice(self.peaks);
+        rest[TILE_ROWS..].copy_from_slice(self.totals);
+    }
+
+    /// Takes a saved part in.
+    pub fn merge(&mut self, part: &[f32], rows: usize, head_dim: usize) {
+        let (sums, rest) = part.split_at(TILE_ROWS * head_dim);
+        for row in 0..rows {
+            let (peak, total) = (rest[row], rest[TILE_ROWS + row]);
+            if peak == f32::NEG_INFINITY {
+                continue;
+            }
+            let highest = self.peaks[row].max(peak);
+            let (own, other) = (exp(self.peaks[row] - highest), exp(peak - highest));
+            self.peaks[row] = if peak.is_nan() { peak } else { highest };
+            self.totals[row] = self.totals[row] * own + total * other;
+            let held = &mut self.sums[row * head_dim..][..head_dim];
+            held.iter_mut().zip(&sums[row * head_dim..]).for_each(|(held, sum)| *held = *held * own + sum * other);
+        }
+    }
+}
+
+impl<'a, K: KvElement> Tile<'a, K> {
+    pub fn new(params: &'a Params, step: &'a Step<'a>, item: &Item, pool: &'a [K], scales: &'a [f32]) -> Self {
+        let seq = item.seq as usize;
+        let new = (step.cu_q_lens[seq + 1] - step.cu_q_lens[seq]) as usize;
+        let past = step.kv_lens[seq] as usize - new;
+        Self { params, step, item: *item, pool, scales, group: params.q_heads / params.kv_heads, past }
+    }
+
+    pub fn rows(&self) -> usize {
+        self.item.rows as usize
+    }
+
+    /// The token of a row among those of the sequence, and its query head.
+    fn row(&self, row: usize) -> (usize, usize) {
+        let row = self.item.first as usize + row;
+        (row / self.group, self.item.kv_head as usize * self.group + row % self.group)
+    }
+
+    /// The step's token of a row, and its query head.
+    pub fn place(&self, row: usize) -> (usize, usize) {
+        let (token, head) = self.row(row);
+        (self.step.cu_q_lens[self.item.seq as usize] as usize + token, head)
+    }
+
+    /// The positions that a row sees.
+    fn seen(&self, row: usize) -> Range<usize> {
+        let end = self.past + self.row(row).0 + 1;
+        end.saturating_sub(self.params.window.unwrap_or(end))..end
+    }
+
+    /// Part `part` of `parts` of the positions that some row sees; it begins with a group.
+    pub fn part(&self, part: usize, parts: usize) -> Range<usize> {
+        let (first, end) = (self.seen(0).start / GROUP * GROUP, self.seen(self.rows() - 1).end);
+        let len = (end - first).div_ceil(parts).next_multiple_of(GROUP);
+        (first + part * len).min(end)..(first + (part + 1) * len).min(end)
+    }
+
+    /// Elements of the group of 16 tokens that a position lies in: keys, then values; and their scales.
+    fn group(&self, position: usize) -> (&'a [K], &'a [f32]) {
+        let (params, shape) = (self.params, PoolShape::new(self.params));
+        let begin = self.step.page_begin[self.item.seq as usize] as usize;
+        let page = self.step.page_table[begin + position / params.page_size] as usize;
+        let group = shape.group(page, self.item.kv_head as usize, position % params.page_size / GROUP);
+        let len = shape.group_elements();
+        let scales = if K::SCALED { &self.scales[group * 2 * GROUP..][..2 * GROUP] } else { &[] };
+        (&self.pool[group * len..][..len], scales)
+    }
+
+    /// Attends to the positions of `range`.
+    pub fn attend(&self, level: Level, frame: &Frame, q: &[K::Compute], range: Range<usize>, out: &mut Partial<'_>) {
+        let (rows, head_dim) = (self.rows(), self.params.head_dim);
+        out.clear(rows);
+        let scores = frame.take::<f32>(rows * BLOCK_TOKENS);
+        let weights = frame.take::<K::Compute>(rows * BLOCK_TOKENS);
+        let decoded = frame.take::<K::Compute>(if K::SCALED { BLOCK_GROUPS * 2 * GROUP * head_dim } else { 0 });
+        let mut start = range.start;
+        while start < range.end {
+            let end = (start + BLOCK_TOKENS).min(range.end);
+            let groups = (end - start).div_ceil(GROUP);
+            let mut blocks: [&[K::Compute]; BLOCK_GROUPS] = [&[]; BLOCK_GROUPS];
+            let mut room = &mut *decoded;
+            for (index, block) in blocks[..groups].iter_mut().enumerate() {
+                let (elements, scales) = self.group(start + index * GROUP);
+                *block = match K::as_compute(elements) {
+                    Some(elements) => elements,
+                    None => {
+                        let (decoded, rest) = std::mem::take(&mut room).split_at_mut(2 * GROUP * head_dim);
+                        room = rest;
+                        decode(elements, scales, head_dim, decoded);
+                        decoded
+                    }
+                };
+            }
+            let blocks = &blocks[..groups];
+            products::<K::Compute>(level).0(q, rows, head_dim, blocks, scores);
+            self.softmax(level, start..end, scores, weights, out);
+            products::<K::Compute>(level).1(weights, rows, head_dim, blocks, out.sums);
+            start = end;
+        }
+    }
+
+    /// Turns scores into weights relative to the rows' peaks, and the sums so far with them.
+    fn softmax(&self, level: Level, block: Range<usize>, scores: &mut [f32], weights: &mut [K::Compute], out: &mut Partial<'_>) {
+        let head_dim = self.params.head_dim;
+        for row in 0..self.rows() {
+            let seen = self.seen(row);
+            let scores = &mut scores[row * BLOCK_TOKENS..][..BLOCK_TOKENS];
+            let visible = seen.start.clamp(block.start, block.end) - block.start
+                ..seen.end.clamp(block.start, block.end) - block.start;
+            let weights = &mut weights[row * BLOCK_TOKENS..][..BLOCK_TOKENS];
+            let state = Running {
+                peak: &mut out.peaks[row],
+                total: &mut out.totals[row],
+                sums: &mut out.sums[row * head_dim..][..head_dim],
+            };
+            weigh(level, scores, visible, self.params, state);
+            K::Compute::convert(scores, weights);
+        }
+    }
+}
+
+struct Running<'a> {
+    peak: &'a mut f32,
+    total: &'a mut f32,
+    sums: &'a mut [f32],
+}
+
+/// Turns a row's scores into weights, in place.
+fn weigh(level: Level, scores: &mut [f32], visible: Range<usize>, params: &Params, state: Running<'_>) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+        fn avx512(scores: &mut [f32], visible: Range<usize>, params: &Params, state: Running<'_>) {
+            weigh_plain(scores, visible, params, state);
+        }
+        #[target_feature(enable = "avx2,fma")]
+        fn avx2(scores: &mut [f32], visible: Range<usize>, params: &Params, state: Running<'_>) {
+            weigh_plain(scores, visible, params, state);
+        }
+        match level {
+            // SAFETY: the level is one that this machine has.
+            Level::Avx512 => return unsafe { avx512(scores, visible, params, state) },
+            // SAFETY: as above.
+            Level::Avx2 => return unsafe { avx2(scores, visible, params, state) },
+            _ => {}
+        }
+    }
+    let _ = level;
+    weigh_plain(scores, visible, params, state);
+}
+
+#[inline(always)]
+fn weigh_plain(scores: &mut [f32], visible: Range<usize>, params: &Params, state: Running<'_>) {
+    if visible.is_empty() {
+        return scores.fill(0.0);
+    }
+    let Some(scores) = scores.first_chunk_mut::<BLOCK_TOKENS>() else { return };
+    for (index, score) in scores.iter_mut().enumerate() {
+        let mut value = *score * params.scale;
+        if let Some(cap) = params.soft_cap {
+            value = cap * tanh(value / cap);
+        }
+        *score = if index >= visible.start && index < visible.end { value } else { f32::NEG_INFINITY };
+    }
+    let mut peaks = [f32::NEG_INFINITY; 16];
+    for chunk in scores.as_chunks::<16>().0 {
+        for (peak, score) in peaks.iter_mut().zip(chunk) {
+            *peak = if *score > *peak { *score } else { *peak };
+        }
+    }
+    let block_peak = peaks.iter().fold(f32::NEG_INFINITY, |peak, score| if *score > peak { *score } else { peak });
+    if block_peak > *state.peak {
+        // The first time there is nothing yet to make smaller.
+        let decay = exp(*state.peak - block_peak);
+        *state.peak = block_peak;
+        *state.total *= decay;
+        state.sums.iter_mut().for_each(|sum| *sum *= decay);
+    }
+    let peak = if *state.peak == f32::NEG_INFINITY { 0.0 } else { *state.peak };
+    let mut totals = [0f32; 16];
+    for chunk in scores.as_chunks_mut::<16>().0 {
+        for (total, score) in totals.iter_mut().zip(chunk) {
+            *score = exp(*score - peak);
+            *total += *score;
+        }
+    }
+    *state.total += totals.iter().sum::<f32>();
+}
+
+#[inline(always)]
+fn tanh(x: f32) -> f32 {
+    let e = exp(-2.0 * x.abs());
+    ((1.0 - e) / (1.0 + e)).copysign(x)
+}
+
+/// Elements with scales, as those without.
+fn decode<K: KvElement>(elements: &[K], scales: &[f32], head_dim: usize, out: &mut [K::Compute]) {
+    let (keys, values) = elements.split_at(GROUP * head_dim);
+    let (key_scales, value_scales) = scales.split_at(GROUP);
+    let (keys_out, values_out) = out.split_at_mut(GROUP * head_dim);
+    // As for f32: a row of keys has a dimension of all tokens, a row of values 16 dimensions of one.
+    for (out, keys) in keys_out.chunks_exact_mut(GROUP).zip(keys.chunks_exact(GROUP)) {
+        for ((out, key), scale) in out.iter_mut().zip(keys).zip(key_scales) {
+            *out = K::Compute::from_f32(key.load() * scale);
+        }
+    }
+    for (block, values) in values_out.chunks_exact_mut(GROUP * 16).zip(values.chunks_exact(GROUP * 16)) {
+        for ((out, values), scale) in block.chunks_exact_mut(16).zip(values.chunks_exact(16)).zip(value_scales) {
+            out.iter_mut().zip(values).for_each(|(out, value)| *out = K::Compute::from_f32(value.load() * scale));
+        }
+    }
+}
+
+/// `scores [rows, BLOCK_TOKENS]` = queries `[rows, head_dim]` times the keys of each group; and
+/// `sums [rows, head_dim]` += weights `[rows, BLOCK_TOKENS]` times the values of each group.
+pub(super) type Product<C> = fn(&[C], usize, usize, &[&[C]], &mut [f32]);
+
+pub(super) fn products<C: Compute>(level: Level) -> (Product<C>, Product<C>) {
+    match level {
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512 => (super::avx512::scores::<C>, super::avx512::weighted::<C>),
+        _ => (portable::scores::<C>, portable::weighted::<C>),
+    }
+}

@@ -1,0 +1,3 @@
+//! The plugin as a shared library.
+
+torus_abi::export_root!(torus_attention_flash::PLUGIN);

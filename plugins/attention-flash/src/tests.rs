@@ -1,0 +1,40 @@
+use torus_abi::attention::Target;
+use torus_testkit::attention::{self, cases};
+
+use super::*;
+
+#[test]
+fn it_conforms() {
+    attention::check::<Flash>().assert();
+}
+
+fn ask(change: impl Fn(&mut AttentionQuery)) -> AttentionAnswer {
+    let mut query = cases()[0].query(&Target { platform: "cpu".into(), device_kind: String::new() });
+    query.spec.head_dim = 64;
+    query.shape.page_size = 16;
+    change(&mut query);
+    Flash::query(&query).unwrap()
+}
+
+#[test]
+fn what_it_cannot_serve_is_refused_with_the_reason() {
+    assert_eq!((ask(|_| {}).score, ask(|_| {}).layout.as_deref()), (SCORE, Some(LAYOUT)));
+    for (change, reason) in [
+        (&(|query: &mut AttentionQuery| query.target.platform = "tpu".into()) as &dyn Fn(&mut _), "no kernels for tpu"),
+        (&|query: &mut AttentionQuery| query.dtype = DType::F16, "no kernel for f16"),
+        (&|query: &mut AttentionQuery| query.spec.head_dim = 40, "heads of 40"),
+        (&|query: &mut AttentionQuery| query.shape.page_size = 8, "pages of 8"),
+        (&|query: &mut AttentionQuery| query.spec.kv_heads = 5, "do not divide"),
+    ] {
+        let answer = ask(change);
+        assert!(answer.score == 0 && answer.reason.contains(reason), "{answer:?}");
+    }
+}
+
+#[test]
+fn an_int8_cache_has_scales_and_half_the_bytes() {
+    let (wide, narrow) = (ask(|query| query.kv_dtype = DType::Bf16), ask(|query| query.kv_dtype = DType::I8));
+    assert_eq!((wide.pool.len(), narrow.pool.len()), (1, 2));
+    // A byte for each of 64 dimensions, and 4 of the scale.
+    assert_eq!(narrow.page_bytes * 2 * 64, wide.page_bytes * (64 + 4));
+}
