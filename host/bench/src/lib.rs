@@ -13,8 +13,15 @@ mod arrivals;
 mod backend;
 mod bandwidth;
 mod client;
+mod compare;
+mod figures;
+mod goodput;
+mod interference;
+mod load;
 mod one_batch;
+mod plot;
 mod report;
+mod scenario;
 mod server;
 mod serving;
 mod sse;
@@ -23,6 +30,8 @@ mod stats;
 mod testing;
 mod workload;
 
+pub use compare::CompareArgs;
+pub use interference::InterferenceArgs;
 pub use one_batch::OneBatchArgs;
 pub use serving::ServingArgs;
 
@@ -33,6 +42,10 @@ pub enum Bench {
     Serving(Box<ServingArgs>),
     /// Time one batch of equal requests at a time, against a running server or one started for it.
     OneBatch(Box<OneBatchArgs>),
+    /// Send the same requests to two servers in alternating rounds and report the ratio of their figures.
+    Compare(Box<CompareArgs>),
+    /// Send a long prompt to a server that decodes, and report how much one slows the other down.
+    Interference(Box<InterferenceArgs>),
 }
 
 /// Runs a bench to its end.
@@ -42,6 +55,8 @@ pub fn run(bench: Bench) -> anyhow::Result<()> {
         match bench {
             Bench::Serving(args) => serving::run(&args).await,
             Bench::OneBatch(args) => one_batch::run(&args).await,
+            Bench::Compare(args) => compare::run(&args).await,
+            Bench::Interference(args) => interference::run(&args).await,
         }
     })
 }
