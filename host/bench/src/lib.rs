@@ -2,6 +2,16 @@
 //! The benches behind `torus bench`: load generators that talk HTTP, so that they measure what a client sees, of this
 //! server and of any other with the same endpoints.
 //!
+//! - `serving`: one load, or a sweep of rates and concurrencies, against one server:
+//!   `torus bench serving --backend openai --num-prompts 64 --max-concurrency 1,8,32 --goodput ttft:500 tpot:50
+//!   --plot out.svg`.
+//! - `compare`: the same prompts to two servers in alternating rounds, and the ratios with their spread:
+//!   `torus bench compare --base-url A --base-url B --name torus --name llama.cpp
+//!   --scenario in=512,out=128,clients=8,requests=32`.
+//! - `interference`: time between tokens of decoding streams while a long prompt arrives:
+//!   `torus bench interference --decode-streams 8 --input-len 128 --long-input-len 4096`.
+//! - `one-batch`: one batch of equal requests, next to what the memory of the machine allows.
+//!
 //! Deliberately absent: a tokenizer. Random prompts are token ids; where a prompt is text, lengths are what the server
 //! reports.
 //!

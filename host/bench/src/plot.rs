@@ -11,7 +11,7 @@ const HEIGHT: f64 = 420.0;
 /// Of a chart's frame from its edges.
 const LEFT: f64 = 80.0;
 const RIGHT: f64 = 24.0;
-const TOP: f64 = 48.0;
+const TOP: f64 = 72.0;
 const BOTTOM: f64 = 60.0;
 const CHARTS_PER_ROW: usize = 2;
 /// Told apart also by those who see few colours.
@@ -140,17 +140,15 @@ fn draw(svg: &mut String, chart: &Chart) {
         chart.x.title,
         chart.y.title
     );
+    // Names flow in one line above the frame, where they cover no point.
+    let _ = write!(svg, r#"<text x="{LEFT}" y="{}" font-weight="600">"#, TOP - 14.0);
     for (index, series) in chart.series.iter().enumerate() {
-        let colour = COLOURS[index % COLOURS.len()];
-        draw_series(svg, series, &x, &y, colour);
-        // The legend stands where throughput and distributions seldom are: at the bottom right.
-        let line = bottom - 14.0 - 18.0 * (chart.series.len() - 1 - index) as f64;
-        let _ = writeln!(
-            svg,
-            r#"<text x="{}" y="{line}" text-anchor="end" fill="{colour}" font-weight="600">{}</text>"#,
-            right - 10.0,
-            escape(&series.name)
-        );
+        let (colour, gap) = (COLOURS[index % COLOURS.len()], if index == 0 { 0 } else { 18 });
+        let _ = write!(svg, r#"<tspan fill="{colour}" dx="{gap}">{}</tspan>"#, escape(&series.name));
+    }
+    svg.push_str("</text>\n");
+    for (index, series) in chart.series.iter().enumerate() {
+        draw_series(svg, series, &x, &y, COLOURS[index % COLOURS.len()]);
     }
 }
 
@@ -164,7 +162,7 @@ fn draw_series(svg: &mut String, series: &Series, x: &Span, y: &Span, colour: &s
     for (point, (at_x, at_y)) in series.points.iter().zip(places) {
         let label = escape(&point.label);
         // On the side where there is more room.
-        let (offset, anchor) = if at_x > WIDTH * 0.7 { (-8.0, "end") } else { (8.0, "start") };
+        let (offset, anchor) = if at_x > WIDTH * 0.5 { (-8.0, "end") } else { (8.0, "start") };
         let _ = writeln!(
             svg,
             r#"<circle cx="{at_x:.1}" cy="{at_y:.1}" r="4" fill="{colour}"><title>{label}: {}, {}</title></circle>
