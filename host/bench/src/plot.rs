@@ -121,7 +121,7 @@ fn draw(svg: &mut String, chart: &Chart) {
     let y = Span::over(chart.y.scale, points().map(|point| point.y), HEIGHT - BOTTOM, TOP);
     let (bottom, right) = (HEIGHT - BOTTOM, WIDTH - RIGHT);
     let _ =
-        writeln!(svg, r#"<text x="{LEFT}" y="28" font-size="16" font-weight="600">{}</text>"#, escape(&chart.title));
+        writeln!(svg, r#"<text x="{LEFT}" y="28" font-size="14" font-weight="600">{}</text>"#, escape(&chart.title));
     for (value, at) in x.ticks() {
         let _ = writeln!(svg, r##"<path d="M{at:.1} {TOP}V{bottom}" stroke="#e4e4e4"/>"##);
         let _ = writeln!(svg, r#"<text x="{at:.1}" y="{}" text-anchor="middle">{value}</text>"#, bottom + 18.0);
@@ -242,7 +242,12 @@ fn round_outwards(low: f64, high: f64) -> (f64, f64) {
 }
 
 fn number(value: f64) -> String {
-    let decimals = if value == 0.0 || value.abs() >= 100.0 { 0 } else { 2 };
+    let decimals = match value.abs() {
+        value if value == 0.0 || value >= 100.0 => 0,
+        // As many as the first digit that counts needs.
+        value if value < 0.01 => (-value.log10()).ceil() as usize,
+        _ => 2,
+    };
     let text = format!("{value:.decimals$}");
     if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.').to_owned() } else { text }
 }
@@ -277,6 +282,12 @@ mod tests {
         let labels: Vec<_> = axis.ticks().into_iter().map(|(label, _)| label).collect();
         assert_eq!(labels, ["2", "5", "10", "20", "50"]);
         assert!((axis.place(10.0) - 50.0).abs() < 1e-9, "the middle of 2 and 50 is 10");
+    }
+
+    #[test]
+    fn numbers_keep_the_digits_that_count() {
+        let texts = [0.0, 0.002, 0.01, 0.25, 20.0, 1234.5].map(number);
+        assert_eq!(texts, ["0", "0.002", "0.01", "0.25", "20", "1234"]);
     }
 
     #[test]
