@@ -16,10 +16,10 @@ pub enum Backend {
     #[value(alias = "sgl-jax", alias = "sglang-native", alias = "torus")]
     Sglang,
     /// '/v1/completions', as any OpenAI-compatible server has it.
-    #[value(alias = "sglang-oai")]
+    #[value(alias = "openai", alias = "sglang-oai", alias = "llama-cpp", alias = "lmdeploy")]
     Vllm,
     /// '/v1/chat/completions'.
-    #[value(alias = "vllm-chat")]
+    #[value(alias = "openai-chat", alias = "vllm-chat", alias = "lmdeploy-chat")]
     SglangOaiChat,
 }
 
@@ -63,6 +63,12 @@ impl Sample {
             let (at, tokens) = pair[1];
             std::iter::repeat_n((at - pair[0].0) / tokens as u32, tokens)
         })
+    }
+
+    /// Time per output token after the first.
+    pub fn time_per_token(&self) -> Option<Duration> {
+        let gaps = self.output_tokens.checked_sub(1).filter(|gaps| *gaps > 0)?;
+        Some(self.latency.checked_sub(self.time_to_first_token()?)? / gaps as u32)
     }
 
     fn read(&mut self, news: News, at: Duration, streamed: bool) {
@@ -138,7 +144,7 @@ impl Backend {
             }
             Backend::SglangOaiChat => {
                 let mut body = openai_body(prompt, options);
-                body["messages"] = json!([{"role": "user", "content": as_text(&prompt.content)}]);
+                body["messages"] = json!([{"role": "user", "content": prompt.content.text()}]);
                 if options.logprobs {
                     body["logprobs"] = json!(true);
                 }
@@ -189,6 +195,18 @@ impl Backend {
         options: &RequestOptions,
         run_start: Instant,
     ) -> anyhow::Result<Sample> {
+        self.measure_watched(client, prompt, options, run_start, |_| ()).await
+    }
+
+    /// [`Backend::measure`], with a look at the sample after each event of a streamed answer.
+    pub async fn measure_watched(
+        self,
+        client: &Client,
+        prompt: &Prompt,
+        options: &RequestOptions,
+        run_start: Instant,
+        mut watch: impl FnMut(&Sample),
+    ) -> anyhow::Result<Sample> {
         let body = self.body(prompt, options);
         let start = Instant::now();
         let mut sample = Sample { sent: start - run_start, ..Sample::default() };
@@ -196,6 +214,7 @@ impl Backend {
             let mut events = client.stream(self.path(), &body).await?;
             while let Some(event) = events.next().await? {
                 sample.read(self.news(&event)?, start.elapsed(), true);
+                watch(&sample);
             }
         } else {
             let answer: Value = client.post(self.path(), &body).await?.json().await?;
@@ -229,31 +248,16 @@ fn openai_body(prompt: &Prompt, options: &RequestOptions) -> Value {
         "model": options.model,
         "temperature": 0.0,
         "max_tokens": prompt.output_len,
-        "ignore_eos": options.ignore_eos,
         "stream": options.stream,
     });
+    // Not part of OpenAI's API, so only sent where it changes something.
+    if options.ignore_eos {
+        body["ignore_eos"] = json!(true);
+    }
     if options.stream {
         body["stream_options"] = json!({"include_usage": true});
     }
     body
-}
-
-/// Words that most tokenizers know as one token each, with the space before them.
-const WORDS: [&str; 32] = [
-    "time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state",
-    "family", "student", "group", "country", "problem", "hand", "part", "place", "case", "week", "company", "system",
-    "program", "question", "work", "number", "night", "point", "home",
-];
-
-/// Random tokens as text, for endpoints that take only text: a word for each.
-fn as_text(content: &Content) -> String {
-    match content {
-        Content::Text(text) => text.clone(),
-        Content::Tokens(tokens) => {
-            let words: Vec<_> = tokens.iter().map(|token| WORDS[*token as usize % WORDS.len()]).collect();
-            words.join(" ")
-        }
-    }
 }
 
 #[cfg(test)]

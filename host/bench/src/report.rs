@@ -7,42 +7,43 @@ use serde_json::{Map, Value, json};
 
 use crate::{
     backend::{Outcome, Sample},
+    goodput::Limit,
     stats::Summary,
 };
 
 /// Numbers over all requests that were answered.
 pub struct Report {
     pub completed: usize,
+    /// Those of them that kept to every limit; absent without limits.
+    good: Option<usize>,
     duration: Duration,
-    input_tokens: usize,
-    output_tokens: usize,
-    cached_tokens: usize,
+    pub input_tokens: usize,
+    pub output_tokens: usize,
+    pub cached_tokens: usize,
     /// All in milliseconds.
-    latency: Summary,
-    first_token: Summary,
-    per_token: Summary,
-    token_gap: Summary,
+    pub latency: Summary,
+    pub first_token: Summary,
+    pub per_token: Summary,
+    pub token_gap: Summary,
     /// Sum of all latencies over the duration: requests under way on average.
     concurrency: f64,
     peak_tokens_per_second: usize,
     peak_concurrency: usize,
 }
 
-fn milliseconds(duration: Duration) -> f64 {
+pub fn milliseconds(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e3
 }
 
 impl Report {
-    pub fn new(duration: Duration, outcomes: &[Outcome]) -> Self {
+    pub fn new(duration: Duration, outcomes: &[Outcome], limits: &[Limit]) -> Self {
         let samples: Vec<&Sample> = outcomes.iter().filter_map(|outcome| outcome.as_ref().ok()).collect();
         let total = |of: fn(&Sample) -> usize| samples.iter().map(|sample| of(sample)).sum();
         let latencies: f64 = samples.iter().map(|sample| sample.latency.as_secs_f64()).sum();
-        let after_first = |sample: &&Sample| {
-            let gaps = sample.output_tokens.checked_sub(1).filter(|gaps| *gaps > 0)?;
-            Some(milliseconds(sample.latency.checked_sub(sample.time_to_first_token()?)?) / gaps as f64)
-        };
+        let good = samples.iter().filter(|sample| limits.iter().all(|limit| limit.holds(sample))).count();
         Self {
             completed: samples.len(),
+            good: (!limits.is_empty()).then_some(good),
             duration,
             input_tokens: total(|sample| sample.prompt_tokens),
             output_tokens: total(|sample| sample.output_tokens),
@@ -51,12 +52,20 @@ impl Report {
             first_token: Summary::new(
                 samples.iter().filter_map(|sample| sample.time_to_first_token()).map(milliseconds),
             ),
-            per_token: Summary::new(samples.iter().filter_map(after_first)),
+            per_token: Summary::new(samples.iter().filter_map(|sample| sample.time_per_token()).map(milliseconds)),
             token_gap: Summary::new(samples.iter().flat_map(|sample| sample.token_gaps()).map(milliseconds)),
             concurrency: latencies / duration.as_secs_f64(),
             peak_tokens_per_second: peak_tokens_per_second(&samples),
             peak_concurrency: peak_concurrency(&samples),
         }
+    }
+
+    pub fn output_throughput(&self) -> f64 {
+        self.per_second(self.output_tokens)
+    }
+
+    pub fn total_throughput(&self) -> f64 {
+        self.per_second(self.input_tokens + self.output_tokens)
     }
 
     fn per_second(&self, count: usize) -> f64 {
@@ -75,11 +84,14 @@ impl Report {
         table.row("Total cached input tokens:", self.cached_tokens);
         table.row("Total generated tokens:", self.output_tokens);
         table.number("Request throughput (req/s):", self.per_second(self.completed));
+        if let Some(good) = self.good {
+            table.number("Request goodput (req/s):", self.per_second(good));
+        }
         table.number("Input token throughput (tok/s):", self.per_second(self.input_tokens));
         table.number("Output token throughput (tok/s):", self.per_second(self.output_tokens));
         table.row("Peak output token throughput (tok/s):", self.peak_tokens_per_second);
         table.row("Peak concurrent requests:", self.peak_concurrency);
-        table.number("Total token throughput (tok/s):", self.per_second(self.input_tokens + self.output_tokens));
+        table.number("Total token throughput (tok/s):", self.total_throughput());
         table.number("Concurrency:", self.concurrency);
         table.section("End-to-End Latency");
         table.summary("E2E Latency", &self.latency, &[90.0, 99.0]);
@@ -106,9 +118,12 @@ impl Report {
         field("total_cached_tokens", json!(self.cached_tokens));
         field("cache_hit_rate", json!(self.cached_tokens as f64 / self.input_tokens.max(1) as f64));
         field("request_throughput", json!(self.per_second(self.completed)));
+        if let Some(good) = self.good {
+            field("request_goodput", json!(self.per_second(good)));
+        }
         field("input_throughput", json!(self.per_second(self.input_tokens)));
         field("output_throughput", json!(self.per_second(self.output_tokens)));
-        field("total_throughput", json!(self.per_second(self.input_tokens + self.output_tokens)));
+        field("total_throughput", json!(self.total_throughput()));
         let summaries: [(&str, &Summary, &[u32]); 4] = [
             ("e2e_latency_ms", &self.latency, &[90, 99]),
             ("ttft_ms", &self.first_token, &[99]),
@@ -141,6 +156,8 @@ impl Report {
             ("input_lens", list(&|sample| json!(sample.prompt_tokens))),
             ("output_lens", list(&|sample| json!(sample.output_tokens))),
             ("cached_tokens", list(&|sample| json!(sample.cached_tokens))),
+            ("start_times", list(&|sample| seconds(sample.sent))),
+            ("latencies", list(&|sample| seconds(sample.latency))),
             ("ttfts", list(&|sample| seconds(sample.time_to_first_token().unwrap_or_default()))),
             ("itls", list(&|sample| sample.token_gaps().map(seconds).collect())),
             ("generated_texts", list(&|sample| json!(sample.text))),
@@ -261,7 +278,7 @@ mod tests {
 
     #[test]
     fn the_table() {
-        let table = Report::new(ms(1_000), &outcomes()).table("sglang", f64::INFINITY, Some(2));
+        let table = Report::new(ms(1_000), &outcomes(), &[]).table("sglang", f64::INFINITY, Some(2));
         expect![[r#"
             ============ Serving Benchmark Result ============
             Backend:                                 sglang
@@ -303,7 +320,7 @@ mod tests {
 
     #[test]
     fn the_json_fields() {
-        let fields = Report::new(ms(1_000), &outcomes()).json();
+        let fields = Report::new(ms(1_000), &outcomes(), &[]).json();
         let names: Vec<_> = fields.keys().map(String::as_str).collect();
         expect![[r#"
             duration completed total_input_tokens total_input_text_tokens total_input_vision_tokens total_output_tokens total_output_tokens_retokenized total_cached_tokens cache_hit_rate request_throughput input_throughput output_throughput total_throughput mean_e2e_latency_ms median_e2e_latency_ms std_e2e_latency_ms p90_e2e_latency_ms p99_e2e_latency_ms mean_ttft_ms median_ttft_ms std_ttft_ms p99_ttft_ms mean_tpot_ms median_tpot_ms std_tpot_ms p99_tpot_ms mean_itl_ms median_itl_ms std_itl_ms p95_itl_ms p99_itl_ms concurrency accept_length max_output_tokens_per_s max_concurrent_requests"#]]
@@ -322,7 +339,7 @@ mod tests {
 
     #[test]
     fn a_run_without_answers_has_zeros() {
-        let report = Report::new(ms(10), &[Err("refused".into())]);
+        let report = Report::new(ms(10), &[Err("refused".into())], &[]);
         assert_eq!((report.completed, report.peak_concurrency, report.peak_tokens_per_second), (0, 0, 0));
         let mut fields = report.json();
         fields.remove("duration");

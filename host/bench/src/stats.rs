@@ -13,6 +13,15 @@ impl Summary {
         Self { sorted }
     }
 
+    pub fn is_empty(&self) -> bool {
+        self.sorted.is_empty()
+    }
+
+    /// The samples of several summaries together.
+    pub fn pooled<'a>(summaries: impl IntoIterator<Item = &'a Self>) -> Self {
+        Self::new(summaries.into_iter().flat_map(|summary| summary.sorted.iter().copied()))
+    }
+
     pub fn mean(&self) -> f64 {
         if self.sorted.is_empty() { 0.0 } else { self.sorted.iter().sum::<f64>() / self.sorted.len() as f64 }
     }
@@ -53,6 +62,12 @@ mod tests {
     fn mean_and_deviation() {
         let summary = Summary::new([2.0, 4.0, 4.0, 4.0, 5.0, 5.0, 7.0, 9.0]);
         assert_eq!((summary.mean(), summary.deviation(), summary.median()), (5.0, 2.0, 4.5));
+    }
+
+    #[test]
+    fn pooled_samples_are_sorted_again() {
+        let pooled = Summary::pooled(&[Summary::new([5.0, 1.0]), Summary::new([]), Summary::new([3.0])]);
+        assert_eq!(pooled, Summary::new([1.0, 3.0, 5.0]));
     }
 
     #[test]

@@ -20,6 +20,26 @@ pub enum Content {
     Text(String),
 }
 
+/// Words that most tokenizers know as one token each, with the space before them.
+const WORDS: [&str; 32] = [
+    "time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state",
+    "family", "student", "group", "country", "problem", "hand", "part", "place", "case", "week", "company", "system",
+    "program", "question", "work", "number", "night", "point", "home",
+];
+
+impl Content {
+    /// Random tokens as text, for endpoints that take only text: a word for each.
+    pub fn text(&self) -> String {
+        match self {
+            Content::Text(text) => text.clone(),
+            Content::Tokens(tokens) => {
+                let words: Vec<_> = tokens.iter().map(|token| WORDS[*token as usize % WORDS.len()]).collect();
+                words.join(" ")
+            }
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Dataset {
     /// Random tokens, lengths drawn from a range.
@@ -71,6 +91,9 @@ pub struct WorkloadArgs {
     /// Output tokens of each request (generated-shared-prefix)
     #[arg(long, value_name = "TOKENS", default_value_t = 256)]
     pub gsp_output_len: usize,
+    /// Send random prompts as words instead of token ids, for servers that take only text
+    #[arg(long)]
+    pub text_prompts: bool,
     /// Seed of prompts, lengths, order and arrivals
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub seed: u64,
@@ -89,7 +112,7 @@ pub fn token_range(vocab_size: Option<u64>) -> Range<u32> {
 /// Makes the prompts of a run.
 pub fn generate(args: &WorkloadArgs, tokens: Range<u32>) -> anyhow::Result<Vec<Prompt>> {
     let mut rng = ChaCha8Rng::seed_from_u64(args.seed);
-    let prompts = match args.dataset_name {
+    let mut prompts = match args.dataset_name {
         Dataset::Random => random(args, tokens, &mut rng)?,
         Dataset::GeneratedSharedPrefix => shared_prefix(args, tokens, &mut rng),
         Dataset::Sharegpt => {
@@ -116,6 +139,11 @@ pub fn generate(args: &WorkloadArgs, tokens: Range<u32>) -> anyhow::Result<Vec<P
         }
     };
     ensure!(!prompts.is_empty(), "the workload has no prompts; see --dataset-name, --dataset-path and --num-prompts");
+    if args.text_prompts {
+        for prompt in &mut prompts {
+            prompt.content = Content::Text(prompt.content.text());
+        }
+    }
     Ok(prompts)
 }
 
@@ -228,6 +256,15 @@ mod tests {
         let prompts = generate(&args(options), 0..5).unwrap();
         assert!(prompts.iter().all(|prompt| tokens(prompt).len() == 7 && prompt.output_len == 3));
         assert!(generate(&args("--random-range-ratio 1.5"), 0..5).is_err());
+    }
+
+    #[test]
+    fn words_follow_the_tokens() {
+        let prompts = generate(&args("--num-prompts 1 --random-input-len 3 --random-range-ratio 1"), 0..5).unwrap();
+        let text = "--num-prompts 1 --random-input-len 3 --random-range-ratio 1 --text-prompts";
+        let words = generate(&args(text), 0..5).unwrap();
+        assert_eq!(words[0].content, Content::Text(prompts[0].content.text()));
+        assert_eq!(Content::Tokens(vec![0, 33, 2]).text(), "time year people");
     }
 
     #[test]

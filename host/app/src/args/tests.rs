@@ -28,6 +28,8 @@ fn help_texts() {
     expect_file!["help/plugins-new.txt"].assert_eq(&help(&["plugins", "new"]));
     expect_file!["help/bench-serving.txt"].assert_eq(&help(&["bench", "serving"]));
     expect_file!["help/bench-one-batch.txt"].assert_eq(&help(&["bench", "one-batch"]));
+    expect_file!["help/bench-compare.txt"].assert_eq(&help(&["bench", "compare"]));
+    expect_file!["help/bench-interference.txt"].assert_eq(&help(&["bench", "interference"]));
 }
 
 fn serve(options: &str) -> ServeArgs {
@@ -188,4 +190,8 @@ fn bench_options_parse() {
         .unwrap();
     parse("torus bench one-batch --batch-size 1 2 --input-len 8 -- --model-path m --dtype float32").unwrap();
     assert!(parse("torus bench one-batch --base-url http://x -- --model-path m").is_err());
+    parse("torus bench serving --backend openai --max-concurrency 1,8 --goodput ttft:500 tpot:50 --json").unwrap();
+    parse("torus bench compare --base-url http://x --base-url http://y --scenario in=8,out=4,clients=2").unwrap();
+    assert!(parse("torus bench compare --base-url http://x --scenario in=8").is_err());
+    parse("torus bench interference --decode-streams 8 --input-len 128 --long-input-len 4096").unwrap();
 }
