@@ -128,7 +128,10 @@ fn assemble(
         }
         PlannedStorage::Packed(layout) => {
             let views = views.collect::<Result<Vec<_>, _>>()?;
-            pack::write(&views, layout, &mut bytes);
+            pack::write(&views, layout, &mut bytes).map_err(|error| WeightsError::Unsupported {
+                path: checkpoint.path().to_owned(),
+                reason: format!("{}: {error}", weight.name),
+            })?;
             progress.advance(weight.bytes() as u64);
         }
     }

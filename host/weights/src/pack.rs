@@ -1,33 +1,37 @@
 //! Packs the rows of a weight's tensors into a matrix for the CPU's kernels.
 
 use rayon::prelude::*;
-use torus_cpu::packed::{GROUP, Layout, Segment, SourceType, pack_group};
+use torus_cpu::{
+    PackError,
+    packed::{GROUP, Layout, Segment, SourceType, pack_group},
+};
 
 use crate::view::TensorView;
 
 /// Writes the matrix: the rows of all views, one view after the other, in the layout's segments. `bytes` holds exactly
 /// it.
-pub(crate) fn write(views: &[TensorView<'_>], layout: &Layout, bytes: &mut [u8]) {
+pub(crate) fn write(views: &[TensorView<'_>], layout: &Layout, bytes: &mut [u8]) -> Result<(), PackError> {
     let mut rest = views;
     for (segment, bytes) in layout.segments().iter().zip(layout.split_mut(bytes)) {
         let rows = Rows::take(&mut rest, segment);
         let groups = bytes.par_chunks_mut(bytes.len() / segment.rows.div_ceil(GROUP)).enumerate();
-        groups.for_each(|(group, out)| {
+        groups.try_for_each(|(group, out)| {
             let range = group * GROUP..((group + 1) * GROUP).min(segment.rows);
             let places: Vec<_> = range.map(|row| rows.find(row)).collect();
             match rows.views[0].kept_as(segment.format) {
                 Some(source) => {
                     let rows: Vec<_> = places.iter().map(|(view, row)| view.stored_row(*row)).collect();
-                    pack_group(segment.format, source, &rows, layout.columns(), out);
+                    pack_group(segment.format, &rows, source, layout.columns(), out)
                 }
                 None => {
                     let decoded: Vec<_> = places.iter().map(|(view, row)| view.row_f32(*row)).collect();
                     let rows: Vec<_> = decoded.iter().map(Vec::as_slice).collect();
-                    pack_group(segment.format, SourceType::F32, &rows, layout.columns(), out);
+                    pack_group(segment.format, &rows, SourceType::F32, layout.columns(), out)
                 }
             }
-        });
+        })?;
     }
+    Ok(())
 }
 
 /// The rows of a segment: those of one view, or of several of one storage that it joins.

@@ -6,14 +6,13 @@
 //! softmax", Milakov and Gimelshein, 2018). Where there are fewer tiles than threads, the sequence is split too, and the
 //! parts are merged.
 
-use half::bf16;
 use torus_abi::kernel::{parallel_for, threads};
 
 use crate::{
-    activations::{Element, load, store},
+    activations::Element,
     level,
-    linear::Shared,
-    workspace::{Frame, Plain, with_frame},
+    shared::Shared,
+    workspace::{Buffer, Plain},
 };
 
 #[cfg(target_arch = "x86_64")]
@@ -32,7 +31,7 @@ use tile::{BLOCK_TOKENS, Partial, Tile};
 pub const LAYOUT: &str = "torus-cpu-paged-1";
 
 /// Query rows of a tile at most.
-const TILE_ROWS: usize = crate::linear::TILE_ROWS;
+const TILE_ROWS: usize = 12;
 
 /// What attention computes, beside its tensors.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -167,14 +166,14 @@ pub fn attention<X: Element, Y: Element, K: KvElement>(
     let width = params.q_heads * params.head_dim;
     step.check(params, out.len() / width, pool.len() / shape.page_elements())?;
     pages::write(params, step, inputs, pool, scales);
-    out[step.tokens() * width..].fill(Y::default());
-    with_frame(|frame| attend(frame, params, step, &inputs.q, pool, scales, out));
+    let zeros = Buffer::<f32>::zeroed(width);
+    out[step.tokens() * width..].chunks_exact_mut(width).for_each(|padding| Y::store(level(), &zeros, padding));
+    attend(params, step, &inputs.q, pool, scales, out);
     Ok(())
 }
 
 /// Attends to what the pool holds.
 fn attend<X: Element, Y: Element, K: KvElement>(
-    frame: &Frame,
     params: &Params,
     step: &Step<'_>,
     queries: &Rows<'_, X>,
@@ -182,46 +181,35 @@ fn attend<X: Element, Y: Element, K: KvElement>(
     scales: &[f32],
     out: &mut [Y],
 ) {
-    let items = items(frame, params, step);
+    let items = items(params, step);
     let rows_of = TILE_ROWS * (params.head_dim + 2);
-    let splits = splits(items, step);
-    let partials = frame.take::<f32>(if splits > 1 { items.len() * splits * rows_of } else { 0 });
-    let (shared, parts) = (Shared::new(out), Shared::new(partials));
+    let splits = splits(&items, step);
+    let mut partials = Buffer::<f32>::take(if splits > 1 { items.len() * splits * rows_of } else { 0 });
+    let shared = Shared::new(out);
+    let parts = Shared::new(&mut partials);
     let level = level();
     parallel_for(items.len() * splits, |index| {
         let tile = Tile::new(params, step, &items[index / splits], pool, scales);
-        let range = tile.part(index % splits, splits);
-        with_frame(|frame| {
-            let partial = Partial {
-                sums: frame.take(tile.rows() * params.head_dim),
-                peaks: frame.take(TILE_ROWS),
-                totals: frame.take(TILE_ROWS),
-            };
-            let mut partial = partial;
-            let q = frame.take::<K::Compute>(tile.rows() * params.head_dim);
-            load_queries(&tile, params, queries, q);
-            tile.attend(level, frame, q, range, &mut partial);
-            if splits == 1 {
-                finish(&tile, params, &partial, &shared);
-            } else {
-                // SAFETY: each index comes once.
-                partial.save(unsafe { parts.slice(index * rows_of..(index + 1) * rows_of) }, params.head_dim);
-            }
-        });
+        let mut partial = Partial::new(tile.rows(), params.head_dim);
+        let mut q = Buffer::<K::Compute>::take(tile.rows() * params.head_dim);
+        load_queries(&tile, params, queries, &mut q);
+        tile.attend(level, &q, tile.part(index % splits, splits), &mut partial);
+        if splits == 1 {
+            finish(&tile, params, &partial, &shared);
+        } else {
+            // SAFETY: each index comes once.
+            partial.save(unsafe { parts.part(index * rows_of..(index + 1) * rows_of) }, params.head_dim);
+        }
     });
     if splits > 1 {
         for (index, item) in items.iter().enumerate() {
             let tile = Tile::new(params, step, item, pool, scales);
-            with_frame(|frame| {
-                let (sums, peaks) = (frame.take(tile.rows() * params.head_dim), frame.take(TILE_ROWS));
-                let mut merged = Partial { sums, peaks, totals: frame.take(TILE_ROWS) };
-                merged.clear(tile.rows());
-                for split in 0..splits {
-                    let part = &partials[(index * splits + split) * rows_of..][..rows_of];
-                    merged.merge(part, tile.rows(), params.head_dim);
-                }
-                finish(&tile, params, &merged, &shared);
-            });
+            let mut merged = Partial::new(tile.rows(), params.head_dim);
+            for split in 0..splits {
+                let part = &partials[(index * splits + split) * rows_of..][..rows_of];
+                merged.merge(part, tile.rows(), params.head_dim);
+            }
+            finish(&tile, params, &merged, &shared);
         }
     }
 }
@@ -236,16 +224,17 @@ pub(crate) struct Item {
     rows: u32,
 }
 
-impl Plain for Item {}
+// SAFETY: numbers.
+unsafe impl Plain for Item {}
 
 /// All tiles of a step, those of late tokens, which see most, first.
-fn items<'w>(frame: &'w Frame, params: &Params, step: &Step<'_>) -> &'w [Item] {
+fn items(params: &Params, step: &Step<'_>) -> Buffer<Item> {
     let group = params.q_heads / params.kv_heads;
     // Whole tokens, so that the rows of a tile differ little in what they see, unless one token has more heads.
     let tile_rows = if group > TILE_ROWS { TILE_ROWS } else { TILE_ROWS / group * group };
     let rows_of = |seq: usize| (step.cu_q_lens[seq + 1] - step.cu_q_lens[seq]) as usize * group;
     let count: usize = (0..step.num_seqs).map(|seq| rows_of(seq).div_ceil(tile_rows)).sum();
-    let items = frame.take::<Item>(count * params.kv_heads);
+    let mut items = Buffer::<Item>::take(count * params.kv_heads);
     let mut rest = items.iter_mut();
     for seq in 0..step.num_seqs {
         let rows = rows_of(seq);
@@ -285,27 +274,15 @@ fn load_queries<X: Element, C: pages::Compute>(
 }
 
 /// Divides by the totals, and rounds.
-fn finish<Y: Element>(tile: &Tile<'_, impl KvElement>, params: &Params, partial: &Partial<'_>, out: &Shared<'_, Y>) {
-    with_frame(|frame| {
-        let values = frame.take::<f32>(params.head_dim);
-        for row in 0..tile.rows() {
-            let (token, head) = tile.place(row);
-            let sums = &partial.sums[row * params.head_dim..][..params.head_dim];
-            let factor = 1.0 / partial.totals[row];
-            values.iter_mut().zip(sums).for_each(|(value, sum)| *value = sum * factor);
-            let start = (token * params.q_heads + head) * params.head_dim;
-            // SAFETY: each query row belongs to one tile, which is finished once.
-            store(values, unsafe { out.slice(start..start + params.head_dim) });
-        }
-    });
-}
-
-/// The element type that products are made of.
-pub(crate) fn to_bf16(values: &[f32], out: &mut [bf16]) {
-    store(values, out);
-}
-
-/// The values of a row, as f32.
-pub(crate) fn to_f32<X: Element>(values: &[X], out: &mut [f32]) {
-    load(values, out);
+fn finish<Y: Element>(tile: &Tile<'_, impl KvElement>, params: &Params, partial: &Partial, out: &Shared<'_, Y>) {
+    let (level, mut values) = (level(), Buffer::<f32>::take(params.head_dim));
+    for row in 0..tile.rows() {
+        let (token, head) = tile.place(row);
+        let sums = &partial.sums[row * params.head_dim..][..params.head_dim];
+        let factor = 1.0 / partial.totals[row];
+        values.iter_mut().zip(sums).for_each(|(value, sum)| *value = sum * factor);
+        let start = (token * params.q_heads + head) * params.head_dim;
+        // SAFETY: each query row belongs to one tile, which is finished once.
+        Y::store(level, &values, unsafe { out.part(start..start + params.head_dim) });
+    }
 }

@@ -1,6 +1,6 @@
 //! What can be wrong with a matrix to pack, or with bytes that should be one.
 
-use crate::packed::{ALIGNMENT, Format, SEGMENTS_MAX};
+use crate::packed::{ALIGNMENT, Format, SEGMENTS_MAX, SourceType};
 
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PackError {
@@ -14,4 +14,8 @@ pub enum PackError {
     NotPacked,
     #[error("a packed matrix begins at a multiple of {ALIGNMENT} bytes")]
     Unaligned,
+    #[error("rows of {from:?} cannot be packed as {to:?}")]
+    Source { from: SourceType, to: Format },
+    #[error("a row of {columns} columns of {source_type:?} has {expected} bytes, not {found}")]
+    RowBytes { source_type: SourceType, columns: usize, expected: usize, found: usize },
 }

@@ -19,7 +19,7 @@ pub use profile::{KernelTime, start_profile, stop_profile};
 
 use crate::{
     activations::Element,
-    linear::{Epilogue, linear as apply_linear},
+    Epilogue, linear as apply_linear,
     packed::{ALIGNMENT, PackedMatrix, embed as apply_embed},
 };
 

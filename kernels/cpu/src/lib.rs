@@ -9,18 +9,20 @@
 //! Invariants:
 //! - No kernel calls a BLAS, takes a lock, or allocates once its thread's [`workspace`] has grown to the largest call.
 //! - All levels compute the same function; each is tested against a plain reference, and can be forced.
-//! - Results do not depend on how many threads there are: each output element is summed by one of them.
+//! - Results do not depend on how many threads there are, as far as each output element is summed by one of them.
 
 pub mod activations;
 pub mod attention;
 mod error;
 pub mod ffi;
 mod level;
-pub mod linear;
+mod linear;
 pub mod math;
 pub mod packed;
 pub mod rotary;
+mod shared;
 pub mod workspace;
 
 pub use error::PackError;
-pub use level::{Level, level};
+pub use level::{LEVEL_VARIABLE, Level, level};
+pub use linear::{Epilogue, Finished, Tile, gated_mlp, gated_mlp_fits, linear, linear_prepared, product};

@@ -1,41 +1,47 @@
-//! Products with packed weights: `x · wᵀ`, with what comes before and after it.
+//! Linear layers: products of activations with packed matrices.
 //!
-//! A product is cut into *tiles* of up to [`TILE_ROWS`] rows by up to [`TILE_GROUPS`] groups of 16 output features, summed
-//! in f32. Few rows stream the weights once, each thread a contiguous part; many rows reuse a part of the weights from
-//! the second-level cache and a tile's rows from the first. What is done to a finished tile (bias, residual, activation)
-//! happens while it is hot.
+//! The work is cut into *tasks* (a range of groups for a range of rows), which threads run; each task computes *tiles*
+//! that stay in the nearest cache until they are finished, that is, until bias, residual or activation have been
+//! applied and the result is written. Two shapes of work:
+//! - *Few rows* are limited by memory: each thread reads one contiguous run of the matrix, once.
+//! - *Many rows* are limited by arithmetic: a block of groups that fits the second-level cache is multiplied with all
+//!   rows of its task, before the next block.
 
-use std::ops::Range;
-
-use torus_abi::{
-    fragment::Activation,
-    kernel::{parallel_for, threads},
-};
-
-use crate::{
-    activations::{Element, Forms, Norm, Prepared, prepare, prepare_with, store},
-    level, math,
-    packed::{GROUP, PackedMatrix, PackedSegment},
-    workspace::{Frame, with_frame},
-};
-
-#[cfg(target_arch = "x86_64")]
-pub(crate) mod avx512;
-mod portable;
+mod float;
+mod gated;
+mod quantized;
+#[cfg(test)]
+mod reference;
 #[cfg(test)]
 mod tests;
 mod tile;
 
-use tile::tile;
+use std::ops::Range;
 
-/// Rows that are multiplied with a group of weights at a time at most.
-pub(crate) const TILE_ROWS: usize = 12;
-/// Groups of a tile at most.
-const TILE_GROUPS: usize = 4;
-/// Output features of a tile at most.
-const TILE_COLUMNS: usize = TILE_GROUPS * GROUP;
+use torus_abi::kernel::{parallel_for, threads};
 
-/// What is added to a product before it is rounded.
+pub use gated::{gated_mlp, gated_mlp_fits};
+pub use tile::{Finished, Tile};
+
+use crate::{
+    activations::{Element, Prepared},
+    level::level,
+    packed::{GROUP, PackedMatrix, PackedSegment},
+    shared::Shared,
+    workspace::Buffer,
+};
+
+/// Up to so many rows, a task takes all rows, and the matrix is read once.
+const FEW_ROWS: usize = 32;
+/// Rows of a task when there are many: whole register tiles of all levels.
+const TASK_ROWS: usize = 132;
+/// Rows of a tile at most, and groups at most: 24 rows of 128 columns are 12 KiB.
+const TILE_ROWS: usize = 24;
+const TILE_GROUPS: usize = 8;
+/// Bytes of weights that a task keeps in the second-level cache.
+const BLOCK_BYTES: usize = 256 << 10;
+
+/// What is added to a product, in f32, before it is rounded.
 #[derive(Clone, Copy, Debug)]
 pub struct Epilogue<'a, Y> {
     /// `[out]`
@@ -48,228 +54,128 @@ impl<Y> Epilogue<'_, Y> {
     pub const NONE: Self = Self { bias: None, residual: None };
 }
 
-/// `y = x · wᵀ + bias + residual`, from `[rows, in]` to `[rows, out]`.
+/// `y = x · wᵀ + bias + residual`, with `x` `[rows, in]` and `y` `[rows, out]`, for a matrix `w` `[out, in]`.
 ///
 /// # Panics
-/// If the slices do not have the sizes that the matrix asks for.
-pub fn linear<X: Element, Y: Element>(x: &[X], weight: &PackedMatrix<'_>, epilogue: Epilogue<'_, Y>, y: &mut [Y]) {
-    with_frame(|frame| {
-        let x = prepare(frame, x, weight.columns(), Forms::of(weight), None);
-        product_into(&x, weight, epilogue, y);
-    });
+/// If the lengths do not fit each other.
+pub fn linear<X: Element, Y: Element>(x: &[X], w: &PackedMatrix<'_>, epilogue: Epilogue<'_, Y>, y: &mut [Y]) {
+    let level = level();
+    let prepared = Prepared::of(level, x, w);
+    linear_prepared(&prepared, w, epilogue, y);
 }
 
-/// As [`linear`], of rows that are prepared already.
-pub fn product_into<Y: Element>(
-    x: &Prepared<'_>,
-    weight: &PackedMatrix<'_>,
-    epilogue: Epilogue<'_, Y>,
+/// As [`linear`], with activations that are prepared for `w`.
+pub fn linear_prepared<R: Element, Y: Element>(
+    x: &Prepared,
+    w: &PackedMatrix<'_>,
+    epilogue: Epilogue<'_, R>,
     y: &mut [Y],
 ) {
-    let out = weight.rows();
-    assert_eq!(y.len(), x.rows * out, "elements of the result");
-    assert!(epilogue.bias.is_none_or(|bias| bias.len() == out), "elements of the bias");
-    assert!(epilogue.residual.is_none_or(|residual| residual.len() == y.len()), "elements of the residual");
-    let y = Shared::new(y);
-    product(x, weight, |row, column, values| {
-        let range = row * out + column..row * out + column + values.len();
-        if let Some(bias) = epilogue.bias {
-            values.iter_mut().zip(&bias[column..]).for_each(|(value, bias)| *value += bias);
-        }
-        if let Some(residual) = epilogue.residual {
-            values.iter_mut().zip(&residual[range.clone()]).for_each(|(value, residual)| *value += residual.to_f32());
-        }
-        // SAFETY: each element of the product is finished once.
-        store(values, unsafe { y.slice(range) });
-    });
-}
-
-/// Computes `x · wᵀ` and hands out finished pieces of rows: row, first output feature, values. Each element comes once,
-/// from any thread.
-pub fn product(x: &Prepared<'_>, weight: &PackedMatrix<'_>, finish: impl Fn(usize, usize, &mut [f32]) + Sync) {
-    assert_eq!(x.columns, weight.columns(), "columns of activations and weights");
-    let work = Work::of(weight.segments(), x.rows);
-    let level = level();
-    work.run(|segment, groups| {
-        let (first_feature, segment) = (first_feature(weight, segment), &weight.segments()[segment]);
-        let mut out = [0f32; TILE_ROWS * TILE_COLUMNS];
-        for rows in row_tiles(x.rows) {
-            for groups in pieces(groups.clone(), TILE_GROUPS) {
-                let stride = groups.len() * GROUP;
-                let out = &mut out[..rows.len() * stride];
-                tile(level, x, rows.clone(), segment, groups.clone(), out);
-                let columns = stride.min(segment.rows - groups.start * GROUP);
-                for (row, out) in rows.clone().zip(out.chunks_exact_mut(stride)) {
-                    finish(row, first_feature + groups.start * GROUP, &mut out[..columns]);
-                }
+    let outputs = w.rows();
+    assert_eq!(y.len(), x.rows() * outputs, "an output of {} rows of {outputs}", x.rows());
+    assert!(epilogue.bias.is_none_or(|bias| bias.len() == outputs), "a bias for {outputs} outputs");
+    assert!(epilogue.residual.is_none_or(|residual| residual.len() == y.len()), "a residual like the output");
+    let out = Shared::new(y);
+    product(x, w, |tile| {
+        for row in 0..tile.rows() {
+            let (at, values) = ((tile.first_row() + row) * outputs + tile.first_column(), tile.row_mut(row));
+            if let Some(bias) = epilogue.bias {
+                f32::add(x.level(), &bias[at % outputs..][..values.len()], values);
             }
-        }
-    });
-}
-
-/// As [`product`], of the two halves of a matrix's rows side by side: row, first feature of the half, values of the
-/// first half and of the second.
-fn product_of_halves(
-    x: &Prepared<'_>,
-    weight: &PackedMatrix<'_>,
-    finish: impl Fn(usize, usize, &mut [f32], &[f32]) + Sync,
-) {
-    assert_eq!(x.columns, weight.columns(), "columns of activations and weights");
-    let [first, second] = match *weight.segments() {
-        [whole] => {
-            let (bytes, rows) = (whole.bytes.len() / 2, whole.rows / 2);
-            let half = |bytes| PackedSegment { rows, bytes, ..whole };
-            [half(&whole.bytes[..bytes]), half(&whole.bytes[bytes..])]
-        }
-        [first, second] => [first, second],
-        _ => return,
-    };
-    let work = Work::of(&[first], x.rows);
-    let level = level();
-    work.run(|_, groups| {
-        let mut out = [[0f32; TILE_ROWS * TILE_COLUMNS]; 2];
-        for rows in row_tiles(x.rows) {
-            for groups in pieces(groups.clone(), TILE_GROUPS) {
-                let stride = groups.len() * GROUP;
-                let [left, right] = &mut out;
-                let (left, right) = (&mut left[..rows.len() * stride], &mut right[..rows.len() * stride]);
-                tile(level, x, rows.clone(), &first, groups.clone(), left);
-                tile(level, x, rows.clone(), &second, groups.clone(), right);
-                let columns = stride.min(first.rows - groups.start * GROUP);
-                let halves = left.chunks_exact_mut(stride).zip(right.chunks_exact(stride));
-                for (row, (left, right)) in rows.clone().zip(halves) {
-                    finish(row, groups.start * GROUP, &mut left[..columns], &right[..columns]);
-                }
+            if let Some(residual) = epilogue.residual {
+                R::add(x.level(), &residual[at..at + values.len()], values);
             }
+            // SAFETY: each element belongs to one tile.
+            Y::store(x.level(), values, unsafe { out.part(at..at + values.len()) });
         }
     });
 }
 
-/// Whether [`gated_mlp`] takes these matrices: the halves of the first must lie in groups of their own.
-pub fn gated_mlp_fits(gate_up: &PackedMatrix<'_>, down: &PackedMatrix<'_>) -> bool {
-    let halves = match gate_up.segments() {
-        [whole] => whole.rows.is_multiple_of(2 * GROUP),
-        [first, second] => first.rows == second.rows,
-        _ => false,
-    };
-    halves && gate_up.rows() == 2 * down.columns()
-}
-
-/// `y = x + down · (act(gate · n) * (up · n))` with `n = norm(x)`, all `[rows, hidden]`.
+/// Calls `finish` for each tile of `x · wᵀ`, on the thread that computed it. Tiles are cut at the matrix's true rows,
+/// and do not cross segments.
 ///
 /// # Panics
-/// If the matrices do not fit ([`gated_mlp_fits`]) or the slices have other sizes than they.
-pub fn gated_mlp<X: Element>(
-    x: &[X],
-    norm: Norm<'_>,
-    gate_up: &PackedMatrix<'_>,
-    down: &PackedMatrix<'_>,
-    activation: Activation,
-    y: &mut [X],
-) {
-    assert!(gated_mlp_fits(gate_up, down), "gate and up are not the halves of one matrix");
-    with_frame(|frame| {
-        let normed = prepare(frame, x, gate_up.columns(), Forms::of(gate_up), Some(norm));
-        let (rows, inner_columns) = (normed.rows, down.columns());
-        let inner = frame.take::<f32>(rows * inner_columns);
-        let shared = Shared::new(inner);
-        product_of_halves(&normed, gate_up, |row, column, gate, up| {
-            math::activate(level(), gate, activation);
-            let range = row * inner_columns + column..row * inner_columns + column + gate.len();
-            // SAFETY: each element is finished once.
-            let inner = unsafe { shared.slice(range) };
-            inner.iter_mut().zip(gate.iter().zip(up)).for_each(|(inner, (gate, up))| *inner = gate * up);
-        });
-        let inner = prepare_rows(frame, inner, down);
-        product_into(&inner, down, Epilogue { bias: None, residual: Some(x) }, y);
+/// If `x` has other columns than `w`, or lacks a form that `w` needs.
+pub fn product<F: Fn(&mut Finished<'_>) + Sync>(x: &Prepared, w: &PackedMatrix<'_>, finish: F) {
+    assert_eq!(x.columns(), w.columns(), "columns of the activations and of the matrix");
+    let bytes: usize = w.segments().iter().map(|segment| segment.bytes.len()).sum();
+    let groups: usize = w.segments().iter().map(PackedSegment::groups).sum();
+    let cut = Cut::new(x.rows(), groups, bytes.div_ceil(groups.max(1)));
+    parallel_for(cut.tasks(), |task| {
+        let (rows, part) = cut.task(task);
+        let (begin, end) = (bytes * part / cut.parts, bytes * (part + 1) / cut.parts);
+        let (mut at, mut column) = (0, 0);
+        for segment in w.segments() {
+            // A group belongs to the part in which it begins.
+            let group = |byte: usize| {
+                let unit = segment.group_bytes() * cut.unit;
+                (byte.saturating_sub(at).div_ceil(unit) * cut.unit).min(segment.groups())
+            };
+            for groups in blocks(group(begin)..group(end), cut.block) {
+                for rows in blocks(rows.clone(), TILE_ROWS) {
+                    let width = segment.rows.min(groups.end * GROUP) - groups.start * GROUP;
+                    let mut memory = Buffer::take(rows.len() * groups.len() * GROUP);
+                    let mut tile = Tile::new(&mut memory, groups.len() * GROUP);
+                    segment_product(x, rows.clone(), segment, groups.clone(), &mut tile);
+                    finish(&mut Finished::new(tile, rows.start, column + groups.start * GROUP, width));
+                }
+            }
+            at += segment.bytes.len();
+            column += segment.rows;
+        }
     });
 }
 
-/// Prepares rows of f32 for a product with a matrix.
-pub fn prepare_rows<'w>(frame: &'w Frame, rows: &[f32], weight: &PackedMatrix<'_>) -> Prepared<'w> {
-    let columns = weight.columns();
-    let read = |row: usize, values: &mut [f32]| values.copy_from_slice(&rows[row * columns..][..columns]);
-    prepare_with(frame, rows.len() / columns, columns, Forms::of(weight), read)
+/// One tile: the products of some rows with some groups of a segment.
+fn segment_product(
+    x: &Prepared,
+    rows: Range<usize>,
+    segment: &PackedSegment<'_>,
+    groups: Range<usize>,
+    out: &mut Tile<'_>,
+) {
+    let microkernel = if segment.format.is_quantized() { quantized::product } else { float::product };
+    microkernel(x.level(), x, rows, segment, groups, out);
 }
 
-/// The output feature that a segment begins with.
-fn first_feature(weight: &PackedMatrix<'_>, segment: usize) -> usize {
-    weight.segments()[..segment].iter().map(|segment| segment.rows).sum()
+/// How a product is cut into tasks.
+struct Cut {
+    rows: usize,
+    row_chunks: usize,
+    /// Parts of the matrix.
+    parts: usize,
+    /// Groups that stay together.
+    unit: usize,
+    /// Groups of a tile at most.
+    block: usize,
 }
 
-/// Rows in tiles of nearly equal size, for a short last one would cost as much as a long one.
-fn row_tiles(rows: usize) -> impl Iterator<Item = Range<usize>> {
-    let tiles = rows.div_ceil(TILE_ROWS).max(1);
-    (0..tiles).map(move |tile| tile * rows / tiles..(tile + 1) * rows / tiles)
-}
-
-fn pieces(range: Range<usize>, len: usize) -> impl Iterator<Item = Range<usize>> {
-    range.clone().step_by(len).map(move |start| start..(start + len).min(range.end))
-}
-
-/// The groups of a product's segments, cut into parts for threads.
-struct Work {
-    /// Groups of all segments.
-    groups: usize,
-    /// Groups of each segment.
-    segments: [usize; crate::packed::SEGMENTS_MAX],
-    /// Groups of a part.
-    part: usize,
-}
-
-impl Work {
-    fn of(segments: &[PackedSegment<'_>], rows: usize) -> Self {
-        let mut counts = [0; crate::packed::SEGMENTS_MAX];
-        counts.iter_mut().zip(segments).for_each(|(count, segment)| *count = segment.groups());
-        let groups: usize = counts.iter().sum();
-        let part = if rows <= TILE_ROWS {
-            // Memory is the limit: each thread reads one stream.
-            groups.div_ceil(threads())
-        } else {
-            // Small enough that no thread waits long for the last, a multiple of what a tile takes at once.
-            const PARTS_PER_THREAD: usize = 8;
-            (groups / (PARTS_PER_THREAD * threads())).next_multiple_of(2).clamp(2, TILE_GROUPS * 2)
-        };
-        Self { groups, segments: counts, part: part.max(1) }
+impl Cut {
+    fn new(rows: usize, groups: usize, group_bytes: usize) -> Self {
+        let block = (BLOCK_BYTES / group_bytes.max(1) / 2 * 2).clamp(2, TILE_GROUPS);
+        if rows <= FEW_ROWS {
+            return Self { rows, row_chunks: 1, parts: threads().min(groups), unit: 1, block };
+        }
+        let row_chunks = rows.div_ceil(TASK_ROWS);
+        // Some tasks for each thread, so that none waits long for another at the end.
+        let wanted = (threads() * 4).div_ceil(row_chunks).min(groups.div_ceil(2));
+        Self { rows, row_chunks, parts: wanted.max(groups.div_ceil(block)), unit: 2, block }
     }
 
-    /// Calls `body` with segment and groups of each part; a part that spans segments is several calls.
-    fn run(&self, body: impl Fn(usize, Range<usize>) + Sync) {
-        parallel_for(self.groups.div_ceil(self.part), |index| {
-            let part = index * self.part..((index + 1) * self.part).min(self.groups);
-            let mut begin = 0;
-            for (segment, count) in self.segments.iter().enumerate() {
-                let (start, end) = (part.start.max(begin), part.end.min(begin + count));
-                if start < end {
-                    body(segment, start - begin..end - begin);
-                }
-                begin += count;
-            }
-        });
+    fn tasks(&self) -> usize {
+        self.row_chunks * self.parts
+    }
+
+    /// The rows of a task, and its part of the matrix. Neighbours share the part.
+    fn task(&self, task: usize) -> (Range<usize>, usize) {
+        let (chunk, part) = (task % self.row_chunks, task / self.row_chunks);
+        let len = self.rows.div_ceil(self.row_chunks).next_multiple_of(if self.row_chunks > 1 { 12 } else { 1 });
+        (self.rows.min(chunk * len)..self.rows.min((chunk + 1) * len), part)
     }
 }
 
-/// A result whose disjoint parts are written by several threads.
-pub(crate) struct Shared<'a, T> {
-    start: *mut T,
-    len: usize,
-    _lent: std::marker::PhantomData<&'a mut [T]>,
-}
-
-// SAFETY: parts are only handed out by `slice`, whose callers keep them disjoint.
-unsafe impl<T: Send> Sync for Shared<'_, T> {}
-
-impl<'a, T> Shared<'a, T> {
-    pub fn new(slice: &'a mut [T]) -> Self {
-        Self { start: slice.as_mut_ptr(), len: slice.len(), _lent: std::marker::PhantomData }
-    }
-
-    /// # Safety
-    /// No two slices that live at the same time overlap.
-    #[expect(clippy::mut_from_ref, reason = "the caller keeps them disjoint")]
-    pub unsafe fn slice(&self, range: Range<usize>) -> &mut [T] {
-        assert!(range.start <= range.end && range.end <= self.len, "a part of the result");
-        // SAFETY: within the slice that is lent; disjoint as the caller promises.
-        unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
-    }
+/// Splits a range into pieces of at most `len`.
+fn blocks(range: Range<usize>, len: usize) -> impl Iterator<Item = Range<usize>> {
+    let end = range.end;
+    range.step_by(len).map(move |start| start..end.min(start + len))
 }

@@ -8,24 +8,14 @@
 //! register holds an element (or a pair, or four) of each of the 16 rows, and a group is one contiguous stream. The last
 //! group of a segment is filled up with rows of zeros. The bytes describe themselves: they begin with a header of
 //! [`HEADER_BYTES`].
-//!
-//! Groups of quantized formats are rows of *tiles*, 16 rows by [`BLOCK`] columns. A tile begins with its elements, as
-//! unsigned integers in planes of 64 bytes: byte `4 r + i` of plane `j` belongs to row `r`, column `4 j + i`.
-//! - 8 bits: planes 0 to 7.
-//! - 4 bits: the low halves of four planes are planes 0 to 3, their high halves planes 4 to 7.
-//! - 5 bits: as 4 bits, then a plane whose bit `j` is the fifth bit of plane `j`.
-//! - 6 bits: as 4 bits, then two planes; bits `2 j` and `2 j + 1` of the first are the upper bits of plane `j`, those of
-//!   the second of plane `j + 4`.
-//!
-//! Then come 16 scales in f16, one for each row, and for some formats 16 more: minimums, or the scales of the second
-//! half of the columns.
 
-mod pack;
+mod float;
+pub(crate) mod quantized;
 mod rows;
+mod source;
 
-pub use pack::{SourceType, pack_group};
 pub use rows::{decode_row, embed};
-pub(crate) use rows::{element, half_row};
+pub use source::{RowSource, SourceType, pack, pack_group};
 
 use crate::PackError;
 
@@ -67,32 +57,11 @@ pub enum Format {
 }
 
 impl Format {
-    pub const ALL: [Self; 9] = [
-        Self::F32,
-        Self::Bf16,
-        Self::F16,
-        Self::Q8,
-        Self::Q4,
-        Self::Q4Min,
-        Self::Q5,
-        Self::Q5Min,
-        Self::Q6,
-    ];
+    pub const ALL: [Self; 9] =
+        [Self::F32, Self::Bf16, Self::F16, Self::Q8, Self::Q4, Self::Q4Min, Self::Q5, Self::Q5Min, Self::Q6];
 
     fn from_number(number: u32) -> Option<Self> {
         Self::ALL.into_iter().find(|format| *format as u32 == number)
-    }
-
-    /// The format of a number, for constants.
-    pub(crate) const fn numbered(number: u32) -> Self {
-        let mut index = 0;
-        while index < Self::ALL.len() {
-            if Self::ALL[index] as u32 == number {
-                return Self::ALL[index];
-            }
-            index += 1;
-        }
-        panic!("no format has this number")
     }
 
     /// Whether elements are integers with scales, which are multiplied with quantized activations.
@@ -115,38 +84,20 @@ impl Format {
         Some(bytes.next_multiple_of(ALIGNMENT))
     }
 
-    /// Bytes of 16 rows by 32 columns, scales included.
-    pub const fn tile_bytes(self) -> usize {
-        let halves = match self {
-            Self::F32 | Self::Bf16 | Self::F16 => 0,
-            Self::Q8 | Self::Q4 | Self::Q5 => 1,
-            Self::Q4Min | Self::Q5Min | Self::Q6 => 2,
+    /// Bytes of 16 rows by 32 columns of a quantized format, scales included.
+    pub fn tile_bytes(self) -> usize {
+        // Bits of the elements, then f16 values for each row.
+        let (bits, halves) = match self {
+            Self::F32 => return GROUP * BLOCK * 4,
+            Self::Bf16 | Self::F16 => return GROUP * BLOCK * 2,
+            Self::Q8 => (8, 1),
+            Self::Q4 => (4, 1),
+            Self::Q4Min => (4, 2),
+            Self::Q5 => (5, 1),
+            Self::Q5Min => (5, 2),
+            Self::Q6 => (6, 2),
         };
-        self.plane_bytes() + GROUP * 2 * halves
-    }
-
-    /// Bytes of the elements of a tile; scales follow them.
-    pub const fn plane_bytes(self) -> usize {
-        let bits = match self {
-            Self::F32 => 32,
-            Self::Bf16 | Self::F16 => 16,
-            Self::Q8 => 8,
-            Self::Q4 | Self::Q4Min => 4,
-            Self::Q5 | Self::Q5Min => 5,
-            Self::Q6 => 6,
-        };
-        GROUP * BLOCK * bits / 8
-    }
-
-    /// What is subtracted from the elements of a quantized format before they are scaled.
-    pub const fn offset(self) -> f32 {
-        match self {
-            Self::Q8 => 128.0,
-            Self::Q4 => 8.0,
-            Self::Q5 => 16.0,
-            Self::Q6 => 32.0,
-            _ => 0.0,
-        }
+        GROUP * BLOCK * bits / 8 + GROUP * 2 * halves
     }
 }
 
@@ -300,8 +251,7 @@ impl<'a> PackedMatrix<'a> {
             let group = format.group_bytes(columns).ok_or(PackError::NotPacked)?;
             let len = rows.div_ceil(GROUP).checked_mul(group).ok_or(PackError::NotPacked)?;
             let end = at.checked_add(len).ok_or(PackError::NotPacked)?;
-            *segment =
-                PackedSegment { format, rows, columns, bytes: bytes.get(at..end).ok_or(PackError::NotPacked)? };
+            *segment = PackedSegment { format, rows, columns, bytes: bytes.get(at..end).ok_or(PackError::NotPacked)? };
             at = end;
         }
         Ok(Self { columns, segments, count })

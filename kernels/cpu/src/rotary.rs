@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use torus_abi::kernel::{parallel_for, threads};
 
-use crate::linear::Shared;
+use crate::shared::Shared;
 
 /// Elements from which the work is spread over threads.
 const PARALLEL_ELEMENTS: usize = 1 << 15;
@@ -29,7 +29,7 @@ pub fn rotate(
     parallel_for(tokens.div_ceil(chunk), |index| {
         for token in index * chunk..((index + 1) * chunk).min(tokens) {
             // SAFETY: each token is one index's alone.
-            let row = unsafe { shared.slice(token * width..(token + 1) * width) };
+            let row = unsafe { shared.part(token * width..(token + 1) * width) };
             let [cos, sin] = tables.map(|table| &table[token * rotary..][..rotary]);
             for head in row.chunks_exact_mut(head_dim).take(heads.end).skip(heads.start) {
                 let (first, second) = head[..2 * rotary].split_at_mut(rotary);

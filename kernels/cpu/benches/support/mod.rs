@@ -186,26 +186,3 @@ fn multiply_f32(rounds: usize) -> f32 {
     }
     sums.iter().map(|sum| _mm512_reduce_add_ps(*sum)).sum()
 }
-
-/// Memory at a multiple of 64 bytes.
-pub struct Lines(Vec<Line>, usize);
-
-#[repr(align(64))]
-#[derive(Clone, Copy)]
-struct Line([u8; 64]);
-
-impl Lines {
-    pub fn zeroed(bytes: usize) -> Self {
-        Self(vec![Line([0; 64]); bytes.div_ceil(64)], bytes)
-    }
-
-    pub fn bytes(&self) -> &[u8] {
-        // SAFETY: lines are bytes.
-        unsafe { std::slice::from_raw_parts(self.0.as_ptr().cast(), self.1) }
-    }
-
-    pub fn bytes_mut(&mut self) -> &mut [u8] {
-        // SAFETY: lines are bytes.
-        unsafe { std::slice::from_raw_parts_mut(self.0.as_mut_ptr().cast(), self.1) }
-    }
-}

@@ -1,4 +1,7 @@
-//! The products of attention with AVX-512: those of linear layers, over the groups of pages.
+//! The products of attention with AVX-512, over the groups of pages.
+//!
+//! A register holds 16 tokens' keys or 16 dimensions of values; each row has accumulators of its own, and an element (a
+//! pair) of queries or weights is broadcast from memory. Two registers at a time share a broadcast.
 
 use std::arch::x86_64::*;
 
@@ -7,10 +10,135 @@ use super::{
     pages::{Compute, GROUP},
     tile::BLOCK_TOKENS,
 };
-use crate::linear::avx512::{bf16_pair, bf16_stream, f32_pair, f32_stream, for_rows, pairs};
 
 /// Bytes of a register.
 const REGISTER: usize = 64;
+
+/// Calls a function whose first constant is a number of rows.
+macro_rules! for_rows {
+    ($rows:expr, $function:ident, [$($rest:tt)*], $arguments:tt) => {
+        match $rows {
+            1 => $function::<1, $($rest)*> $arguments,
+            2 => $function::<2, $($rest)*> $arguments,
+            3 => $function::<3, $($rest)*> $arguments,
+            4 => $function::<4, $($rest)*> $arguments,
+            5 => $function::<5, $($rest)*> $arguments,
+            6 => $function::<6, $($rest)*> $arguments,
+            7 => $function::<7, $($rest)*> $arguments,
+            8 => $function::<8, $($rest)*> $arguments,
+            9 => $function::<9, $($rest)*> $arguments,
+            10 => $function::<10, $($rest)*> $arguments,
+            11 => $function::<11, $($rest)*> $arguments,
+            _ => $function::<12, $($rest)*> $arguments,
+        }
+    };
+}
+
+/// The two loops over one float format: `stream` for few rows and one group, `pair` for many rows and two groups.
+macro_rules! float {
+    ($stream:ident, $pair:ident, $x:ty, $bytes:literal, |$weights:ident| $load:expr, |$sum:ident, $w:ident, $value:ident| $add:expr) => {
+        /// # Safety
+        /// `x` points to `M` rows of `steps` elements, `x_stride` apart, `weights` to a group of as many, `out` to `M` rows of 16,
+        /// `out_stride` apart.
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni")]
+        unsafe fn $stream<const M: usize>(
+            x: *const $x,
+            x_stride: usize,
+            weights: *const u8,
+            steps: usize,
+            out: *mut f32,
+            out_stride: usize,
+        ) {
+            const UNROLL: usize = 8;
+            // Accumulators of a row: together at least as many as hide the latency.
+            let chains = const { if M == 1 { 8 } else if M < 4 { 4 } else if M < 7 { 2 } else { 1 } };
+            let mut sums = [[_mm512_setzero_ps(); UNROLL]; M];
+            let whole = steps / UNROLL * UNROLL;
+            let mut step = 0;
+            // SAFETY: the caller's promise.
+            unsafe {
+                while step < whole {
+                    for unrolled in 0..UNROLL {
+                        let $weights = weights.add((step + unrolled) * $bytes);
+                        let $w = $load;
+                        for row in 0..M {
+                            let $value = x.add(row * x_stride + step + unrolled).read_unaligned();
+                            let $sum = sums[row][unrolled % chains];
+                            sums[row][unrolled % chains] = $add;
+                        }
+                    }
+                    step += UNROLL;
+                }
+                while step < steps {
+                    let $weights = weights.add(step * $bytes);
+                    let $w = $load;
+                    for row in 0..M {
+                        let $value = x.add(row * x_stride + step).read_unaligned();
+                        let $sum = sums[row][0];
+                        sums[row][0] = $add;
+                    }
+                    step += 1;
+                }
+                for row in 0..M {
+                    let mut total = sums[row][0];
+                    for chain in 1..chains {
+                        total = _mm512_add_ps(total, sums[row][chain]);
+                    }
+                    _mm512_storeu_ps(out.add(row * out_stride), total);
+                }
+            }
+        }
+
+        /// # Safety
+        /// As above, with two groups, and rows of 32 in `out`.
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni")]
+        unsafe fn $pair<const M: usize>(
+            x: *const $x,
+            x_stride: usize,
+            weights: [*const u8; 2],
+            steps: usize,
+            out: *mut f32,
+            out_stride: usize,
+        ) {
+            let mut sums = [[_mm512_setzero_ps(); 2]; M];
+            // SAFETY: the caller's promise.
+            unsafe {
+                for step in 0..steps {
+                    let both = [weights[0].add(step * $bytes), weights[1].add(step * $bytes)].map(|$weights| $load);
+                    for row in 0..M {
+                        let $value = x.add(row * x_stride + step).read_unaligned();
+                        for side in 0..2 {
+                            let ($sum, $w) = (sums[row][side], both[side]);
+                            sums[row][side] = $add;
+                        }
+                    }
+                }
+                for row in 0..M {
+                    for side in 0..2 {
+                        _mm512_storeu_ps(out.add(row * out_stride + side * GROUP), sums[row][side]);
+                    }
+                }
+            }
+        }
+    };
+}
+
+float!(
+    bf16_stream, bf16_pair, i32, 64,
+    |weights| _mm512_loadu_si512(weights.cast()),
+    |sum, w, value| _mm512_dpbf16_ps(sum, pairs(w), pairs(_mm512_set1_epi32(value)))
+);
+float!(
+    f32_stream, f32_pair, f32, 64,
+    |weights| _mm512_loadu_ps(weights.cast()),
+    |sum, w, value| _mm512_fmadd_ps(w, _mm512_set1_ps(value), sum)
+);
+
+#[inline(always)]
+fn pairs(bits: __m512i) -> __m512bh {
+    // SAFETY: both are 512 bits without invalid values.
+    unsafe { std::mem::transmute(bits) }
+}
 
 pub(super) fn scores<C: Compute>(q: &[C], rows: usize, head_dim: usize, groups: &[&[C]], out: &mut [f32]) {
     assert!((1..=TILE_ROWS).contains(&rows) && q.len() >= rows * head_dim && out.len() >= rows * BLOCK_TOKENS);

@@ -13,11 +13,12 @@
 use half::bf16;
 use torus_abi::kernel::parallel_for;
 
-use super::{Inputs, Params, Step, to_bf16, to_f32};
+use super::{Inputs, Params, Step};
 use crate::{
     activations::Element,
-    linear::Shared,
-    workspace::{Plain, with_frame},
+    level,
+    shared::Shared,
+    workspace::{Buffer, Plain},
 };
 
 /// Tokens of a group.
@@ -52,7 +53,7 @@ impl PoolShape {
 }
 
 /// What products over cached elements are computed in.
-pub trait Compute: Plain + Default {
+pub trait Compute: Plain {
     /// Whether keys come in pairs of dimensions, and values in pairs of tokens.
     const PAIRS: bool;
 
@@ -65,7 +66,7 @@ impl Compute for f32 {
     const PAIRS: bool = false;
 
     fn convert<X: Element>(values: &[X], out: &mut [Self]) {
-        to_f32(values, out);
+        X::load(level(), values, out);
     }
 
     fn from_f32(value: f32) -> Self {
@@ -81,11 +82,9 @@ impl Compute for bf16 {
     const PAIRS: bool = true;
 
     fn convert<X: Element>(values: &[X], out: &mut [Self]) {
-        if let Some(values) = X::as_bf16(values) {
-            out.copy_from_slice(values);
-        } else if let Some(values) = X::as_f32(values) {
-            to_bf16(values, out);
-        }
+        let mut wide = Buffer::<f32>::take(values.len());
+        X::load(level(), values, &mut wide);
+        bf16::store(level(), &wide, out);
     }
 
     fn from_f32(value: f32) -> Self {
@@ -105,8 +104,8 @@ pub trait KvElement: Plain {
 
     fn zero() -> Self;
     /// Of a value divided by its token's scale.
-    fn store(value: f32) -> Self;
-    fn load(self) -> f32;
+    fn encode(value: f32) -> Self;
+    fn decode(self) -> f32;
     /// A slice of elements that products read as they are.
     fn as_compute(group: &[Self]) -> Option<&[Self::Compute]>;
 }
@@ -119,11 +118,11 @@ impl KvElement for f32 {
         0.0
     }
 
-    fn store(value: f32) -> Self {
+    fn encode(value: f32) -> Self {
         value
     }
 
-    fn load(self) -> f32 {
+    fn decode(self) -> f32 {
         self
     }
 
@@ -140,11 +139,11 @@ impl KvElement for bf16 {
         bf16::ZERO
     }
 
-    fn store(value: f32) -> Self {
+    fn encode(value: f32) -> Self {
         bf16::from_f32(value)
     }
 
-    fn load(self) -> f32 {
+    fn decode(self) -> f32 {
         self.to_f32()
     }
 
@@ -164,11 +163,11 @@ impl KvElement for i8 {
         0
     }
 
-    fn store(value: f32) -> Self {
+    fn encode(value: f32) -> Self {
         value.round_ties_even().clamp(-LARGEST, LARGEST) as i8
     }
 
-    fn load(self) -> f32 {
+    fn decode(self) -> f32 {
         f32::from(self)
     }
 
@@ -201,15 +200,14 @@ pub(crate) fn write<X: Element, K: KvElement>(
     let (shape, head_dim) = (PoolShape::new(params), params.head_dim);
     let (groups, scales) = (Shared::new(pool), Shared::new(scales));
     parallel_for(params.kv_heads, |kv_head| {
-        with_frame(|frame| {
-            let values = frame.take::<f32>(head_dim);
+            let (level, mut values) = (level(), Buffer::<f32>::take(head_dim));
             for (token, slot) in step.kv_slot[..step.tokens()].iter().enumerate() {
                 let slot = *slot as usize;
                 let (page, offset) = (slot / params.page_size, slot % params.page_size);
                 let (group, t) = (shape.group(page, kv_head, offset / GROUP), offset % GROUP);
                 let start = group * shape.group_elements();
                 // SAFETY: the groups of a head are this thread's alone.
-                let elements = unsafe { groups.slice(start..start + shape.group_elements()) };
+                let elements = unsafe { groups.part(start..start + shape.group_elements()) };
                 if t == 0 {
                     elements.fill(K::zero());
                 }
@@ -219,24 +217,23 @@ pub(crate) fn write<X: Element, K: KvElement>(
                         let largest = values.iter().fold(0f32, |most, value| most.max(value.abs()));
                         let at = (group * 2 + part) * GROUP + t;
                         // SAFETY: as above.
-                        let scale = unsafe { scales.slice(at..at + 1) };
+                        let scale = unsafe { scales.part(at..at + 1) };
                         scale[0] = largest / LARGEST;
                         let inverse = if largest > 0.0 { LARGEST / largest } else { 0.0 };
                         values.iter_mut().for_each(|value| *value *= inverse);
                     }
                 };
                 let pairs = K::Compute::PAIRS;
-                to_f32(inputs.k.head(token, kv_head, head_dim), values);
-                scaled(0, values);
+                X::load(level, inputs.k.head(token, kv_head, head_dim), &mut values);
+                scaled(0, &mut values);
                 for (d, value) in values.iter().enumerate() {
-                    keys[key_at(pairs, t, d)] = K::store(*value);
+                    keys[key_at(pairs, t, d)] = K::encode(*value);
                 }
-                to_f32(inputs.v.head(token, kv_head, head_dim), values);
-                scaled(1, values);
+                X::load(level, inputs.v.head(token, kv_head, head_dim), &mut values);
+                scaled(1, &mut values);
                 for (d, value) in values.iter().enumerate() {
-                    held[value_at(pairs, t, d)] = K::store(*value);
+                    held[value_at(pairs, t, d)] = K::encode(*value);
                 }
             }
-        });
     });
 }

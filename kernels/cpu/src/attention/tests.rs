@@ -93,6 +93,19 @@ impl World {
 }
 
 /// Fills a pool with the past of all sequences, then runs the step.
+/// `values` in another element type.
+fn cast<X: Element>(values: &[f32]) -> Vec<X> {
+    let mut out = Buffer::<X>::take(values.len());
+    X::store(level(), values, &mut out);
+    out.to_vec()
+}
+
+fn wide<X: Element>(values: &[X]) -> Vec<f32> {
+    let mut out = vec![0.0; values.len()];
+    X::load(level(), values, &mut out);
+    out
+}
+
 fn run<X: Element, K: KvElement>(case: &Case, world: &World, q: &[f32], out: &mut [X]) {
     let (params, shape) = (&case.params, PoolShape::new(&case.params));
     let mut pool = vec![K::zero(); world.pages * shape.page_elements()];
@@ -112,10 +125,10 @@ fn run<X: Element, K: KvElement>(case: &Case, world: &World, q: &[f32], out: &mu
     }
     let new = |cached: &Vec<Vec<f32>>| -> Vec<X> {
         let of = |(seq, (past, _)): (usize, &(usize, usize))| cached[seq][past * row..].to_vec();
-        case.sequences.iter().enumerate().flat_map(of).map(X::from_f32).collect()
+        cast(&case.sequences.iter().enumerate().flat_map(of).collect::<Vec<_>>())
     };
     let (k, v) = (new(&world.keys), new(&world.values));
-    let q: Vec<X> = q.iter().map(|q| X::from_f32(*q)).collect();
+    let q: Vec<X> = cast(q);
     let inputs = Inputs {
         q: Rows { data: &q, stride: params.q_heads * params.head_dim },
         k: Rows { data: &k, stride: row },
@@ -160,13 +173,14 @@ fn check<X: Element, K: KvElement>(tolerance: f64) {
         let world = World::new(case, &mut random);
         let width = case.params.q_heads * case.params.head_dim;
         let q: Vec<f32> = (0..world.tokens * width).map(|_| random.random_range(-2f32..2.0)).collect();
-        let mut out = vec![X::from_f32(7.0); (world.tokens + case.padding) * width];
+        let mut out: Vec<X> = cast(&vec![7.0; (world.tokens + case.padding) * width]);
         run::<X, K>(case, &world, &q, &mut out);
+        let out = wide(&out);
         for (index, (found, expected)) in out.iter().zip(expected(case, &world, &q)).enumerate() {
-            let error = (f64::from(found.to_f32()) - expected).abs();
-            assert!(error < tolerance, "case {number}, element {index}: {} is not {expected}", found.to_f32());
+            let error = (f64::from(*found) - expected).abs();
+            assert!(error < tolerance, "case {number}, element {index}: {found} is not {expected}");
         }
-        assert!(out[world.tokens * width..].iter().all(|padding| padding.to_f32() == 0.0));
+        assert!(out[world.tokens * width..].iter().all(|padding| *padding == 0.0));
     }
 }
 

@@ -7,7 +7,7 @@ use super::{
     pages::{Compute, GROUP, KvElement, PoolShape},
     portable,
 };
-use crate::{Level, math::exp, workspace::Frame};
+use crate::{Level, math::exp, workspace::Buffer};
 
 /// Tokens whose scores are computed at a time.
 pub(super) const BLOCK_TOKENS: usize = 64;
@@ -27,28 +27,28 @@ pub(super) struct Tile<'a, K> {
 }
 
 /// The running softmax of a tile's rows.
-pub(super) struct Partial<'w> {
+pub(super) struct Partial {
     /// `[rows, head_dim]`: values weighted relative to the peak.
-    pub sums: &'w mut [f32],
+    pub sums: Buffer<f32>,
     /// Largest score so far.
-    pub peaks: &'w mut [f32],
+    pub peaks: [f32; TILE_ROWS],
     /// Sum of the weights.
-    pub totals: &'w mut [f32],
+    pub totals: [f32; TILE_ROWS],
 }
 
-impl Partial<'_> {
-    pub fn clear(&mut self, rows: usize) {
-        self.sums.fill(0.0);
-        self.peaks[..rows].fill(f32::NEG_INFINITY);
-        self.totals[..rows].fill(0.0);
+impl Partial {
+    /// Of nothing yet.
+    pub fn new(rows: usize, head_dim: usize) -> Self {
+        let sums = Buffer::zeroed(rows * head_dim);
+        Self { sums, peaks: [f32::NEG_INFINITY; TILE_ROWS], totals: [0.0; TILE_ROWS] }
     }
 
     /// Writes sums, peaks and totals one after the other.
     pub fn save(&self, out: &mut [f32], head_dim: usize) {
         let (sums, rest) = out.split_at_mut(TILE_ROWS * head_dim);
-        sums[..self.sums.len()].copy_from_slice(self.sums);
-        rest[..TILE_ROWS].copy_from_slice(self.peaks);
-        rest[TILE_ROWS..].copy_from_slice(self.totals);
+        sums[..self.sums.len()].copy_from_slice(&self.sums);
+        rest[..TILE_ROWS].copy_from_slice(&self.peaks);
+        rest[TILE_ROWS..].copy_from_slice(&self.totals);
     }
 
     /// Takes a saved part in.
@@ -118,18 +118,18 @@ impl<'a, K: KvElement> Tile<'a, K> {
     }
 
     /// Attends to the positions of `range`.
-    pub fn attend(&self, level: Level, frame: &Frame, q: &[K::Compute], range: Range<usize>, out: &mut Partial<'_>) {
+    pub fn attend(&self, level: Level, q: &[K::Compute], range: Range<usize>, out: &mut Partial) {
         let (rows, head_dim) = (self.rows(), self.params.head_dim);
-        out.clear(rows);
-        let scores = frame.take::<f32>(rows * BLOCK_TOKENS);
-        let weights = frame.take::<K::Compute>(rows * BLOCK_TOKENS);
-        let decoded = frame.take::<K::Compute>(if K::SCALED { BLOCK_GROUPS * 2 * GROUP * head_dim } else { 0 });
+        let mut scores = Buffer::<f32>::take(rows * BLOCK_TOKENS);
+        let mut weights = Buffer::<K::Compute>::take(rows * BLOCK_TOKENS);
+        let room = if K::SCALED { BLOCK_GROUPS * 2 * GROUP * head_dim } else { 0 };
+        let mut decoded = Buffer::<K::Compute>::take(room);
         let mut start = range.start;
         while start < range.end {
             let end = (start + BLOCK_TOKENS).min(range.end);
             let groups = (end - start).div_ceil(GROUP);
             let mut blocks: [&[K::Compute]; BLOCK_GROUPS] = [&[]; BLOCK_GROUPS];
-            let mut room = &mut *decoded;
+            let mut room = &mut decoded[..];
             for (index, block) in blocks[..groups].iter_mut().enumerate() {
                 let (elements, scales) = self.group(start + index * GROUP);
                 *block = match K::as_compute(elements) {
@@ -143,15 +143,15 @@ impl<'a, K: KvElement> Tile<'a, K> {
                 };
             }
             let blocks = &blocks[..groups];
-            products::<K::Compute>(level).0(q, rows, head_dim, blocks, scores);
-            self.softmax(level, start..end, scores, weights, out);
-            products::<K::Compute>(level).1(weights, rows, head_dim, blocks, out.sums);
+            products::<K::Compute>(level).0(q, rows, head_dim, blocks, &mut scores);
+            self.softmax(level, start..end, &mut scores, &mut weights, out);
+            products::<K::Compute>(level).1(&weights, rows, head_dim, blocks, &mut out.sums);
             start = end;
         }
     }
 
     /// Turns scores into weights relative to the rows' peaks, and the sums so far with them.
-    fn softmax(&self, level: Level, block: Range<usize>, scores: &mut [f32], weights: &mut [K::Compute], out: &mut Partial<'_>) {
+    fn softmax(&self, level: Level, block: Range<usize>, scores: &mut [f32], weights: &mut [K::Compute], out: &mut Partial) {
         let head_dim = self.params.head_dim;
         for row in 0..self.rows() {
             let seen = self.seen(row);
@@ -252,12 +252,12 @@ fn decode<K: KvElement>(elements: &[K], scales: &[f32], head_dim: usize, out: &m
     // As for f32: a row of keys has a dimension of all tokens, a row of values 16 dimensions of one.
     for (out, keys) in keys_out.chunks_exact_mut(GROUP).zip(keys.chunks_exact(GROUP)) {
         for ((out, key), scale) in out.iter_mut().zip(keys).zip(key_scales) {
-            *out = K::Compute::from_f32(key.load() * scale);
+            *out = K::Compute::from_f32(key.decode() * scale);
         }
     }
     for (block, values) in values_out.chunks_exact_mut(GROUP * 16).zip(values.chunks_exact(GROUP * 16)) {
         for ((out, values), scale) in block.chunks_exact_mut(16).zip(values.chunks_exact(16)).zip(value_scales) {
-            out.iter_mut().zip(values).for_each(|(out, value)| *out = K::Compute::from_f32(value.load() * scale));
+            out.iter_mut().zip(values).for_each(|(out, value)| *out = K::Compute::from_f32(value.decode() * scale));
         }
     }
 }

@@ -10,11 +10,15 @@ use torus_abi::{
 
 use super::{Activations, cache_index, expect, matrix, profile};
 use crate::{
-    activations::{Element, Forms, Norm, prepare},
+    Epilogue,
+    activations::{Element, Prepared},
     attention::{Inputs, KvElement, Params, Rows, Step, attention},
-    linear::{Epilogue, Shared, prepare_rows, product, product_into},
+    level, linear_prepared,
+    packed::PackedMatrix,
+    product,
     rotary::rotate,
-    workspace::with_frame,
+    shared::Shared,
+    workspace::Buffer,
 };
 
 /// An element of the cache as XLA's FFI and as the kernels know it.
@@ -141,7 +145,8 @@ impl<X: Activations, K: Cached> Kernel for AttentionBlock<X, K> {
             let output = 4 + usize::from(has_bias);
             let block = Block {
                 params,
-                norm: Norm { weight: &norm, epsilon: call.attribute("norm_eps")? },
+                norm: &norm,
+                eps: call.attribute("norm_eps")?,
                 qkv: matrix(call, 2)?,
                 bias: bias.as_deref(),
                 output: matrix(call, output)?,
@@ -162,10 +167,11 @@ impl<X: Activations, K: Cached> Kernel for AttentionBlock<X, K> {
 
 struct Block<'a> {
     params: Params,
-    norm: Norm<'a>,
-    qkv: crate::packed::PackedMatrix<'a>,
+    norm: &'a [f32],
+    eps: f32,
+    qkv: PackedMatrix<'a>,
     bias: Option<&'a [f32]>,
-    output: crate::packed::PackedMatrix<'a>,
+    output: PackedMatrix<'a>,
     /// `[tokens, rotary]`
     cos: &'a [f32],
     sin: &'a [f32],
@@ -190,27 +196,30 @@ impl Block<'_> {
         expect("the size of the bias", self.bias.map_or(width, <[f32]>::len), width)?;
         let rows = x.len() / self.qkv.columns();
         expect("the sines", self.sin.len(), self.cos.len())?;
-        with_frame(|frame| {
-            let normed = prepare(frame, x, self.qkv.columns(), Forms::of(&self.qkv), Some(self.norm));
-            let joint = frame.take::<f32>(rows * width);
-            let shared = Shared::new(joint);
-            product(&normed, &self.qkv, |row, column, values| {
+        let level = level();
+        let normed = Prepared::normed(level, x, self.norm, self.eps, &self.qkv);
+        let mut joint = Buffer::<f32>::take(rows * width);
+        let shared = Shared::new(&mut joint);
+        product(&normed, &self.qkv, |tile| {
+            let column = tile.first_column();
+            for index in 0..tile.rows() {
+                let start = (tile.first_row() + index) * width + column;
+                let values = tile.row_mut(index);
                 if let Some(bias) = self.bias {
                     values.iter_mut().zip(&bias[column..]).for_each(|(value, bias)| *value += bias);
                 }
-                let start = row * width + column;
                 // SAFETY: each element is finished once.
-                unsafe { shared.slice(start..start + values.len()) }.copy_from_slice(values);
-            });
-            let rotary = self.cos.len() / rows.max(1);
-            rotate(joint, width, 0..q_heads + kv_heads, head_dim, [self.cos, self.sin], rotary);
-            let part = |from: usize| Rows { data: &joint[from.min(joint.len())..], stride: width };
-            let inputs = Inputs { q: part(0), k: part(queries), v: part(queries + keys) };
-            let attended = frame.take::<f32>(rows * queries);
-            attention(&self.params, &self.step, &inputs, pool, scales, attended).map_err(Fault::invalid)?;
-            let attended = prepare_rows(frame, attended, &self.output);
-            product_into(&attended, &self.output, Epilogue { bias: None, residual: Some(x) }, y);
-            Ok(())
-        })
+                unsafe { shared.part(start..start + values.len()) }.copy_from_slice(values);
+            }
+        });
+        let rotary = self.cos.len() / rows.max(1);
+        rotate(&mut joint, width, 0..q_heads + kv_heads, head_dim, [self.cos, self.sin], rotary);
+        let part = |from: usize| Rows { data: &joint[from.min(joint.len())..], stride: width };
+        let inputs = Inputs { q: part(0), k: part(queries), v: part(queries + keys) };
+        let mut attended = Buffer::<f32>::take(rows * queries);
+        attention(&self.params, &self.step, &inputs, pool, scales, &mut attended).map_err(Fault::invalid)?;
+        let attended = Prepared::of(level, &attended, &self.output);
+        linear_prepared(&attended, &self.output, Epilogue { bias: None, residual: Some(x) }, y);
+        Ok(())
     }
 }

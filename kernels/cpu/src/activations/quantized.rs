@@ -1,0 +1,180 @@
+//! Activations as 8-bit integers with a scale for each block.
+
+use crate::{level::Level, packed::BLOCK, workspace::Buffer};
+
+/// Integers for each block: the negative sums of all of its elements, of its first half, of its second half.
+pub(crate) const SUMS: usize = 3;
+
+/// Rows in blocks of [`BLOCK`]: `x = scale * element`, elements from -127 to 127.
+#[derive(Default)]
+pub struct QuantizedRows {
+    blocks: usize,
+    /// `[rows, blocks, BLOCK]`
+    elements: Buffer<i8>,
+    /// `[rows, blocks]`
+    scales: Buffer<f32>,
+    /// `[rows, blocks]`, what minimums are multiplied with: the sum of the elements times the scale.
+    scaled_sums: Buffer<f32>,
+    /// `[rows, blocks, SUMS]`, what offsets are multiplied with.
+    negative_sums: Buffer<i32>,
+}
+
+impl QuantizedRows {
+    pub fn new(rows: usize, columns: usize) -> Self {
+        let blocks = columns / BLOCK;
+        Self {
+            blocks,
+            elements: Buffer::take(rows * blocks * BLOCK),
+            scales: Buffer::take(rows * blocks),
+            scaled_sums: Buffer::take(rows * blocks),
+            negative_sums: Buffer::take(rows * blocks * SUMS),
+        }
+    }
+
+    pub fn blocks(&self) -> usize {
+        self.blocks
+    }
+
+    pub fn elements(&self) -> &[i8] {
+        &self.elements
+    }
+
+    pub fn scales(&self) -> &[f32] {
+        &self.scales
+    }
+
+    pub fn scaled_sums(&self) -> &[f32] {
+        &self.scaled_sums
+    }
+
+    pub fn negative_sums(&self) -> &[i32] {
+        &self.negative_sums
+    }
+
+    /// Quantizes whole blocks of a row, from block `block` on.
+    ///
+    /// # Safety
+    /// No other thread reads or writes these blocks of the row meanwhile.
+    pub unsafe fn put(&self, level: Level, row: usize, block: usize, values: &[f32]) {
+        let (values, rest) = values.as_chunks::<BLOCK>();
+        let first = row * self.blocks + block;
+        assert!(rest.is_empty() && block + values.len() <= self.blocks, "whole blocks of a row");
+        assert!(first + values.len() <= self.scales.len(), "a row that is there");
+        for (at, values) in (first..).zip(values) {
+            // SAFETY: the block is within all buffers, which have room for the same rows, and the caller owns it.
+            unsafe {
+                let elements = &mut *self.elements.as_shared_ptr().add(at * BLOCK).cast::<[i8; BLOCK]>();
+                let (scale, sums) = quantize(level, values, elements);
+                *self.scales.as_shared_ptr().add(at) = scale;
+                *self.scaled_sums.as_shared_ptr().add(at) = scale * (sums[0] + sums[1]) as f32;
+                let negative = [-(sums[0] + sums[1]), -sums[0], -sums[1]];
+                *self.negative_sums.as_shared_ptr().add(at * SUMS).cast::<[i32; SUMS]>() = negative;
+            }
+        }
+    }
+}
+
+/// Returns the scale, and the sums of the elements of both halves.
+fn quantize(level: Level, values: &[f32; BLOCK], elements: &mut [i8; BLOCK]) -> (f32, [i32; 2]) {
+    match level {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the level is available.
+        Level::Avx512 => unsafe { quantize_avx512(values, elements) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        Level::Avx2 => unsafe { quantize_avx2(values, elements) },
+        _ => quantize_block(values, elements),
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+fn quantize_avx2(values: &[f32; BLOCK], elements: &mut [i8; BLOCK]) -> (f32, [i32; 2]) {
+    quantize_block(values, elements)
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")]
+fn quantize_avx512(values: &[f32; BLOCK], elements: &mut [i8; BLOCK]) -> (f32, [i32; 2]) {
+    use std::arch::x86_64::*;
+    // SAFETY: both halves are in the block.
+    let halves = unsafe { [_mm512_loadu_ps(values.as_ptr()), _mm512_loadu_ps(values.as_ptr().add(16))] };
+    let magnitudes = _mm512_max_ps(_mm512_abs_ps(halves[0]), _mm512_abs_ps(halves[1]));
+    let largest = _mm512_reduce_max_ps(magnitudes);
+    // Classes of what is not finite: both kinds of what is not a number, and both infinities.
+    let odd = _mm512_fpclass_ps_mask::<0x99>(halves[0]) | _mm512_fpclass_ps_mask::<0x99>(halves[1]);
+    let inverse = 127.0 / largest;
+    let inverse = _mm512_set1_ps(if odd == 0 && inverse.is_finite() { inverse } else { 0.0 });
+    let mut sums = [0; 2];
+    for (half, values) in halves.into_iter().enumerate() {
+        let rounded = _mm512_cvtps_epi32(_mm512_mul_ps(values, inverse));
+        let rounded = if odd == 0 { rounded } else { _mm512_setzero_si512() };
+        // SAFETY: as above.
+        unsafe { _mm_storeu_si128(elements.as_mut_ptr().add(half * 16).cast(), _mm512_cvtepi32_epi8(rounded)) };
+        sums[half] = _mm512_reduce_add_epi32(rounded);
+    }
+    (if odd == 0 { largest / 127.0 } else { f32::NAN }, sums)
+}
+
+#[inline(always)]
+fn quantize_block(values: &[f32; BLOCK], elements: &mut [i8; BLOCK]) -> (f32, [i32; 2]) {
+    // Adding this rounds a small number to an integer, which then is in the low bits.
+    const ROUND: f32 = 12_582_912.0;
+    // `nothing` is zero, unless there is a value that is not finite: then it makes the scale not a number.
+    let (mut largest, mut nothing) = ([0.0f32; 8], [0.0f32; 8]);
+    for part in values.as_chunks::<8>().0 {
+        for ((largest, nothing), value) in largest.iter_mut().zip(&mut nothing).zip(part) {
+            *largest = largest.max(value.abs());
+            *nothing += value * 0.0;
+        }
+    }
+    let largest = largest.iter().fold(0.0f32, |a, b| a.max(*b)) + nothing.iter().sum::<f32>();
+    let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
+    // The inverse of a number below the smallest normal one may be infinite.
+    let inverse = if inverse.is_finite() { inverse } else { 0.0 };
+    let mut sums = [0; 2];
+    let halves = values.as_chunks::<16>().0.iter().zip(elements.as_chunks_mut::<16>().0);
+    for (sum, (values, elements)) in sums.iter_mut().zip(halves) {
+        for (value, element) in values.iter().zip(elements) {
+            *element = ((value * inverse + ROUND).to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32) as i8;
+            *sum += i32::from(*element);
+        }
+    }
+    (largest / 127.0, sums)
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::{RngExt, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
+    use super::*;
+
+    #[test]
+    fn values_are_off_by_half_a_step_at_most() {
+        let rng = &mut ChaCha8Rng::seed_from_u64(5);
+        for level in Level::available() {
+            let rows = QuantizedRows::new(2, 96);
+            let values: Vec<f32> = (0..96).map(|k| rng.random_range(-3.0..3.0f32) * (k / 32) as f32).collect();
+            // SAFETY: there is one thread.
+            unsafe { rows.put(level, 1, 0, &values) };
+            for (k, value) in values.iter().enumerate() {
+                let (element, scale) = (rows.elements()[96 + k], rows.scales()[3 + k / 32]);
+                assert!((f32::from(element) * scale - value).abs() <= scale * 0.5001, "{level} {k}");
+            }
+            for block in 3..6 {
+                let sum = |part: std::ops::Range<usize>| -> i32 {
+                    rows.elements()[block * 32..][part].iter().map(|e| i32::from(*e)).sum()
+                };
+                let expected = [-sum(0..32), -sum(0..16), -sum(16..32)];
+                assert_eq!(rows.negative_sums()[block * SUMS..][..SUMS], expected);
+                assert_eq!(rows.scaled_sums()[block], rows.scales()[block] * sum(0..32) as f32);
+            }
+            for odd in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                // SAFETY: as above.
+                unsafe { rows.put(level, 0, 1, &[&values[..31], &[odd]].concat()) };
+                assert!(rows.scales()[1].is_nan(), "{level} {odd}");
+            }
+        }
+    }
+}

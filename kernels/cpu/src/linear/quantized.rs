@@ -1,0 +1,167 @@
+//! Products with quantized segments: of integers within a block, which are scaled and added up in f32.
+//!
+//! For a block, `x_scale * (w_scale * (dot - offset * sum) + minimum * sum)`, with the dot product of both blocks'
+//! integers and the sum of the activations'. The offset is where the integer sum begins, so that it is exact.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod portable;
+#[cfg(test)]
+mod tests;
+
+use std::ops::Range;
+
+use super::Tile;
+use crate::{
+    activations::{Prepared, SUMS},
+    level::Level,
+    packed::{BLOCK, GROUP, PackedSegment},
+};
+
+/// Formats as constants that functions can be generic over.
+#[cfg(target_arch = "x86_64")]
+mod constants {
+    use crate::packed::Format;
+
+    pub const Q8: u32 = Format::Q8 as u32;
+    pub const Q4: u32 = Format::Q4 as u32;
+    pub const Q4_MIN: u32 = Format::Q4Min as u32;
+    pub const Q5: u32 = Format::Q5 as u32;
+    pub const Q5_MIN: u32 = Format::Q5Min as u32;
+    pub const Q6: u32 = Format::Q6 as u32;
+
+    pub const fn has_minimum(format: u32) -> bool {
+        matches!(format, Q4_MIN | Q5_MIN)
+    }
+
+    /// The power of two of a format's offset, if it has one.
+    pub const fn offset_bits(format: u32) -> Option<u32> {
+        match format {
+            Q8 => Some(7),
+            Q4 => Some(3),
+            Q5 => Some(4),
+            Q6 => Some(5),
+            _ => None,
+        }
+    }
+}
+#[cfg(target_arch = "x86_64")]
+use constants::*;
+
+/// Some rows of activations, a group of weights, and where their products go.
+#[derive(Clone, Copy)]
+struct Panel {
+    blocks: usize,
+    /// `[rows, blocks, BLOCK]`
+    x: *const i8,
+    /// `[rows, blocks]`
+    scales: *const f32,
+    /// `[rows, blocks]`
+    scaled_sums: *const f32,
+    /// `[rows, blocks, SUMS]`
+    negative_sums: *const i32,
+    /// `[blocks]` tiles
+    w: *const u8,
+    /// `[rows, stride]`, of which the first [`GROUP`] columns are written.
+    out: *mut f32,
+    stride: usize,
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Panel {
+    /// The panel without its first rows.
+    ///
+    /// # Safety
+    /// There are so many.
+    unsafe fn after(self, rows: usize) -> Self {
+        let blocks = rows * self.blocks;
+        // SAFETY: at most the end of each.
+        unsafe {
+            Self {
+                x: self.x.add(blocks * BLOCK),
+                scales: self.scales.add(blocks),
+                scaled_sums: self.scaled_sums.add(blocks),
+                negative_sums: self.negative_sums.add(blocks * SUMS),
+                out: self.out.add(rows * self.stride),
+                ..self
+            }
+        }
+    }
+}
+
+/// See `super::float::product`.
+pub(super) fn product(
+    level: Level,
+    x: &Prepared,
+    rows: Range<usize>,
+    segment: &PackedSegment<'_>,
+    groups: Range<usize>,
+    out: &mut Tile<'_>,
+) {
+    let (quantized, blocks) = (x.quantized(), segment.columns / BLOCK);
+    assert_eq!(quantized.blocks(), blocks, "activations that are quantized, with the columns of the weights");
+    assert!(rows.end * blocks <= quantized.scales().len() && rows.len() <= out.rows(), "rows that are there");
+    assert!(groups.len() * GROUP <= out.stride() && level.is_available(), "a tile for the groups");
+    let (first, stride) = (rows.start * blocks, out.stride());
+    for (index, group) in groups.enumerate() {
+        let panel = Panel {
+            blocks,
+            x: quantized.elements()[first * BLOCK..].as_ptr(),
+            scales: quantized.scales()[first..].as_ptr(),
+            scaled_sums: quantized.scaled_sums()[first..].as_ptr(),
+            negative_sums: quantized.negative_sums()[first * SUMS..].as_ptr(),
+            w: segment.group(group).as_ptr(),
+            out: out.row_mut(0)[index * GROUP..].as_mut_ptr(),
+            stride,
+        };
+        // SAFETY: as asserted, all operands are there for these rows, and the level is available.
+        unsafe {
+            match level {
+                #[cfg(target_arch = "x86_64")]
+                Level::Avx512 => avx512::run(segment.format, panel, rows.len()),
+                #[cfg(target_arch = "x86_64")]
+                Level::Avx2 => avx2::run(segment.format, panel, rows.len()),
+                _ => portable::run(segment.format, panel, rows.len()),
+            }
+        }
+    }
+}
+
+/// Calls a kernel with constants for the format and for how many rows it takes at once, until all rows are done.
+#[cfg(target_arch = "x86_64")]
+macro_rules! run_rows {
+    ($format:ident, $panel:ident, $rows:ident, [$($count:literal),*]) => {{
+        #[inline(always)]
+        unsafe fn all<const F: u32>(mut panel: Panel, mut rows: usize) {
+            while rows > 0 {
+                $(
+                    if rows >= $count {
+                        // SAFETY: as the caller says, and so many rows are left.
+                        unsafe {
+                            rows_of::<F, $count>(panel);
+                            panel = panel.after($count);
+                        }
+                        rows -= $count;
+                        continue;
+                    }
+                )*
+            }
+        }
+        // SAFETY: as the caller says.
+        unsafe {
+            match $format {
+                Format::Q8 => all::<Q8>($panel, $rows),
+                Format::Q4 => all::<Q4>($panel, $rows),
+                Format::Q4Min => all::<Q4_MIN>($panel, $rows),
+                Format::Q5 => all::<Q5>($panel, $rows),
+                Format::Q5Min => all::<Q5_MIN>($panel, $rows),
+                Format::Q6 => all::<Q6>($panel, $rows),
+                _ => unreachable!("a quantized format"),
+            }
+        }
+    }};
+}
+#[cfg(target_arch = "x86_64")]
+use run_rows;

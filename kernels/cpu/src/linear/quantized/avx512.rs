@@ -1,0 +1,131 @@
+//! Four products of bytes for each of 16 rows of weights in one instruction.
+
+use std::arch::x86_64::*;
+
+use super::{Panel, Q4, Q4_MIN, Q5, Q5_MIN, Q6, Q8, has_minimum, offset_bits, run_rows};
+use crate::{
+    activations::SUMS,
+    packed::{BLOCK, Format, quantized::scales_at},
+};
+
+/// # Safety
+/// The level is available, and the panel has so many rows.
+pub(super) unsafe fn run(format: Format, panel: Panel, rows: usize) {
+    run_rows!(format, panel, rows, [12, 8, 6, 4, 3, 2, 1]);
+}
+
+const fn format_of(format: u32) -> Format {
+    match format {
+        Q8 => Format::Q8,
+        Q4 => Format::Q4,
+        Q4_MIN => Format::Q4Min,
+        Q5 => Format::Q5,
+        Q5_MIN => Format::Q5Min,
+        _ => Format::Q6,
+    }
+}
+
+/// The registers of a tile, an element in each byte.
+///
+/// # Safety
+/// A tile of the format begins at `tile`, and the level is available.
+#[inline(always)]
+unsafe fn unpack<const F: u32>(tile: *const u8) -> [__m512i; 8] {
+    // SAFETY: as the caller says.
+    unsafe {
+        let load = |register: usize| _mm512_loadu_si512(tile.add(register * 64).cast());
+        if F == Q8 {
+            return [load(0), load(1), load(2), load(3), load(4), load(5), load(6), load(7)];
+        }
+        let mask = _mm512_set1_epi8(15);
+        let mut registers = [_mm512_setzero_si512(); 8];
+        for i in 0..4 {
+            let pairs = load(i);
+            registers[i] = _mm512_and_si512(pairs, mask);
+            registers[i + 4] = _mm512_and_si512(_mm512_srli_epi16::<4>(pairs), mask);
+        }
+        // The ternary operation of this number is `register | high & mask`.
+        if F == Q5 || F == Q5_MIN {
+            let (high, mask) = (load(4), _mm512_set1_epi8(16));
+            let shifted = [
+                _mm512_slli_epi16::<4>(high),
+                _mm512_slli_epi16::<3>(high),
+                _mm512_slli_epi16::<2>(high),
+                _mm512_slli_epi16::<1>(high),
+                high,
+                _mm512_srli_epi16::<1>(high),
+                _mm512_srli_epi16::<2>(high),
+                _mm512_srli_epi16::<3>(high),
+            ];
+            for (register, high) in registers.iter_mut().zip(shifted) {
+                *register = _mm512_ternarylogic_epi32::<0xf8>(*register, high, mask);
+            }
+        }
+        if F == Q6 {
+            let mask = _mm512_set1_epi8(48);
+            for half in 0..2 {
+                let high = load(4 + half);
+                let shifted =
+                    [_mm512_slli_epi16::<4>(high), _mm512_slli_epi16::<2>(high), high, _mm512_srli_epi16::<2>(high)];
+                for (register, high) in registers[half * 4..].iter_mut().zip(shifted) {
+                    *register = _mm512_ternarylogic_epi32::<0xf8>(*register, high, mask);
+                }
+            }
+        }
+        registers
+    }
+}
+
+/// # Safety
+/// The level is available, and the panel has `R` rows.
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+unsafe fn rows_of<const F: u32, const R: usize>(panel: Panel) {
+    let (format, blocks) = (format_of(F), panel.blocks);
+    let mut sums = [_mm512_setzero_ps(); R];
+    for block in 0..blocks {
+        // SAFETY: the panel has tiles for all blocks, and `R` rows of them in the activations.
+        unsafe {
+            let tile = panel.w.add(block * format.tile_bytes());
+            let w = unpack::<F>(tile);
+            let scales =
+                |index: usize| _mm512_cvtph_ps(_mm256_loadu_si256(tile.add(scales_at(format) + index * 32).cast()));
+            let scale = scales(0);
+            let second = if has_minimum(F) || F == Q6 { scales(1) } else { scale };
+            for (row, sum) in sums.iter_mut().enumerate() {
+                let at = row * blocks + block;
+                let x = panel.x.add(at * BLOCK).cast::<i32>();
+                let begin = |part: usize| match offset_bits(F) {
+                    Some(bits) => {
+                        let sum = _mm512_set1_epi32(*panel.negative_sums.add(at * SUMS + part));
+                        _mm512_sll_epi32(sum, _mm_cvtsi32_si128(bits as i32))
+                    }
+                    None => _mm512_setzero_si512(),
+                };
+                let add = |dot, register: usize| {
+                    _mm512_dpbusd_epi32(dot, w[register], _mm512_set1_epi32(x.add(register).read_unaligned()))
+                };
+                let scaled = if F == Q6 {
+                    let first = (0..4).fold(begin(1), add);
+                    let other = (4..8).fold(begin(2), add);
+                    let first = _mm512_mul_ps(_mm512_cvtepi32_ps(first), scale);
+                    _mm512_fmadd_ps(_mm512_cvtepi32_ps(other), second, first)
+                } else if R <= 2 {
+                    // Two chains, since there are few rows to hide one's latency.
+                    let dot = (0..4).fold(begin(0), add);
+                    let other = (4..8).fold(_mm512_setzero_si512(), add);
+                    _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(dot, other)), scale)
+                } else {
+                    _mm512_mul_ps(_mm512_cvtepi32_ps((0..8).fold(begin(0), add)), scale)
+                };
+                *sum = _mm512_fmadd_ps(scaled, _mm512_set1_ps(*panel.scales.add(at)), *sum);
+                if has_minimum(F) {
+                    *sum = _mm512_fmadd_ps(second, _mm512_set1_ps(*panel.scaled_sums.add(at)), *sum);
+                }
+            }
+        }
+    }
+    for (row, sum) in sums.into_iter().enumerate() {
+        // SAFETY: the output has `R` rows.
+        unsafe { _mm512_storeu_ps(panel.out.add(row * panel.stride), sum) };
+    }
+}
