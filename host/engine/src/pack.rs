@@ -178,6 +178,8 @@ impl Packer<'_> {
         let total = self.token as i32;
         self.buffer.field(Field::CuQLens)[rows + 1..].fill(total);
         self.buffer.set(Field::NumSeqs, 0, rows as i32);
+        self.buffer.set(Field::NumTokens, 0, total);
+        self.buffer.set(Field::NumRows, 0, if self.rows == Rows::All { total } else { rows as i32 });
         for (i, (index, page)) in self.loaded.pending_pages.iter().enumerate() {
             self.buffer.set(Field::DeltaIndex, i, *index as i32);
             self.buffer.set(Field::DeltaPage, i, *page);

@@ -166,8 +166,7 @@ pub fn attention<X: Element, Y: Element, K: KvElement>(
     let width = params.q_heads * params.head_dim;
     step.check(params, out.len() / width, pool.len() / shape.page_elements())?;
     pages::write(params, step, inputs, pool, scales);
-    let zeros = Buffer::<f32>::zeroed(width);
-    out[step.tokens() * width..].chunks_exact_mut(width).for_each(|padding| Y::store(level(), &zeros, padding));
+    Y::clear(&mut out[step.tokens() * width..]);
     attend(params, step, &inputs.q, pool, scales, out);
     Ok(())
 }

@@ -1,7 +1,8 @@
 //! The kernels as native functions that step programs call through XLA's FFI.
 //!
-//! A packed matrix comes as two operands: the arena `u8 [bytes]` that holds all matrices of a model, and the place in it
-//! `i32 []`, in units of [`ALIGNMENT`] bytes. Kernels are named for the dtypes of their activations.
+//! A packed matrix comes as three operands: the arena `u8 [bytes]` that holds all matrices of a model, the place in it
+//! `i32 []`, in units of [`ALIGNMENT`] bytes, and how many rows of activations are real `i32 []`: the others are padding,
+//! and their results zeros. Kernels are named for the dtypes of their activations.
 
 pub mod attention;
 mod blocks;
@@ -24,7 +25,7 @@ use crate::{
 };
 
 /// What all targets begin with. The number changes with what a kernel expects, for compiled programs are kept.
-const NAMESPACE: &str = "torus-cpu-1";
+const NAMESPACE: &str = "torus-cpu-2";
 
 /// Activations by the number that `gated_mlp` takes.
 pub const ACTIVATIONS: [Activation; 4] =
@@ -43,26 +44,26 @@ fn is_f32(dtype: DType) -> bool {
     dtype == DType::F32
 }
 
-/// The target of `(tokens i32 [tokens], arena, place) -> [tokens, hidden]`.
+/// The target of `(tokens i32 [tokens], matrix) -> [tokens, hidden]`.
 pub fn embed(result: DType) -> String {
     target(if is_f32(result) { f32::EMBED } else { Bf16::EMBED })
 }
 
-/// The target of `(x [rows, in], arena, place, bias f32 [out]?, residual [rows, out]?) -> [rows, out]`; attributes
+/// The target of `(x [rows, in], matrix, bias f32 [out]?, residual [rows, out]?) -> [rows, out]`; attributes
 /// `bias` and `residual` say which there are.
 pub fn linear(input: DType, result: DType) -> String {
     let names = if is_f32(input) { f32::LINEAR } else { Bf16::LINEAR };
     target(names[if is_f32(result) { f32::RESULT } else { Bf16::RESULT }])
 }
 
-/// The target of `(x [tokens, hidden], norm f32 [hidden], gate and up: arena, place, down: arena, place) ->
+/// The target of `(x [tokens, hidden], norm f32 [hidden], matrix of gate and up, matrix of down) ->
 /// [tokens, hidden]`; attributes `activation` (an index into [`ACTIVATIONS`]) and `norm_eps`.
 pub fn gated_mlp(dtype: DType) -> String {
     target(if is_f32(dtype) { f32::GATED_MLP } else { Bf16::GATED_MLP })
 }
 
 /// The target of the attention half of a layer over pages of [`crate::attention::LAYOUT`]: `(x [tokens, hidden], norm,
-/// QKV: arena, place, bias?, output: arena, place, cos f32 [tokens, rotary], sin, pool…, context…) -> ([tokens, hidden],
+/// matrix of QKV, bias?, matrix of the output, cos f32 [tokens, rotary], sin, pool…, context…) -> ([tokens, hidden],
 /// pool…)`; attributes as those of [`attention`], and `bias` and `norm_eps`. `None` for a cache that it does not have.
 pub fn attention_block(dtype: DType, kv_dtype: DType) -> Option<String> {
     let names = if is_f32(dtype) { f32::ATTENTION_BLOCK } else { Bf16::ATTENTION_BLOCK };
@@ -153,13 +154,29 @@ impl Activations for Bf16 {
     }
 }
 
-/// The packed matrix whose arena and place are the arguments from `index` on.
+/// Operands of a matrix.
+const MATRIX: usize = 3;
+
+/// The packed matrix whose operands are the arguments from `index` on.
 fn matrix<'c>(call: &'c Call<'_>, index: usize) -> Result<PackedMatrix<'c>, Fault> {
     let (arena, place): (Tensor<'c, u8>, _) = (call.argument(index)?, call.argument::<i32>(index + 1)?);
     let start = place.first().map_or(0, |place| *place as usize * ALIGNMENT);
     let bytes = arena.as_slice().get(start..);
     let bytes = bytes.ok_or_else(|| Fault::invalid(format!("a matrix at byte {start} lies past the arena")))?;
     PackedMatrix::parse(bytes).map_err(|error| Fault::invalid(format!("the matrix at byte {start}: {error}")))
+}
+
+/// How many of `rows` rows are real, as the matrix from argument `index` on says.
+fn real_rows(call: &Call<'_>, index: usize, rows: usize) -> Result<usize, Fault> {
+    let said = call.argument::<i32>(index + 2)?;
+    Ok(said.first().map_or(rows, |said| (*said).max(0) as usize).min(rows))
+}
+
+/// The first `len` elements, and zeros after them.
+fn cleared<Y: Element>(y: &mut [Y], len: usize) -> &mut [Y] {
+    let (real, padding) = y.split_at_mut(len);
+    Y::clear(padding);
+    real
 }
 
 /// Fails unless an argument has the size that another one says.
@@ -180,7 +197,9 @@ impl<Y: Activations> Kernel for Embed<Y> {
             let (tokens, weight) = (call.argument::<i32>(0)?, matrix(call, 1)?);
             let mut y = call.result::<Y>(0)?;
             expect("the size of a row", y.dims::<2>()?[1], weight.columns())?;
-            apply_embed(&tokens, &weight, Y::own_mut(&mut y));
+            let rows = real_rows(call, 1, tokens.len())?;
+            let y = cleared(Y::own_mut(&mut y), rows * weight.columns());
+            apply_embed(&tokens[..rows], &weight, y);
             Ok(())
         })
     }
@@ -194,14 +213,17 @@ impl<X: Activations, Y: Activations> Kernel for Linear<X, Y> {
     fn call(call: &Call<'_>) -> Result<(), Fault> {
         profile::timed(Self::NAME, || {
             let (x, weight) = (call.argument::<X>(0)?, matrix(call, 1)?);
-            let bias = call.attribute::<bool>("bias")?.then(|| call.argument::<f32>(3)).transpose()?;
+            let bias = call.attribute::<bool>("bias")?.then(|| call.argument::<f32>(1 + MATRIX)).transpose()?;
             let last = call.arguments() - 1;
             let residual = call.attribute::<bool>("residual")?.then(|| call.argument::<Y>(last)).transpose()?;
             let mut y = call.result::<Y>(0)?;
-            expect("the input's size", x.dims::<2>()?[1], weight.columns())?;
+            let [rows, columns] = x.dims()?;
+            expect("the input's size", columns, weight.columns())?;
             expect("the result's size", y.dims::<2>()?[1], weight.rows())?;
-            let epilogue = Epilogue { bias: bias.as_deref(), residual: residual.as_deref().map(Y::own) };
-            apply_linear(X::own(&x), &weight, epilogue, Y::own_mut(&mut y));
+            let rows = real_rows(call, 1, rows)?;
+            let y = cleared(Y::own_mut(&mut y), rows * weight.rows());
+            let residual = residual.as_deref().map(|residual| &Y::own(residual)[..y.len()]);
+            apply_linear(&X::own(&x)[..rows * columns], &weight, Epilogue { bias: bias.as_deref(), residual }, y);
             Ok(())
         })
     }

@@ -246,13 +246,15 @@ impl Parts<'_> {
 
     fn main<'f>(&self, func: &'f Func<'f>) -> Result<Vec<Value<'f>>, LinkError> {
         let mut scope = Scope { known: Vec::new() };
-        scope.known.extend(self.assembler.weights.declare(func));
+        let weights = self.assembler.weights.declare(func);
         let pools = self.declare_pools(func, &mut scope);
         let arrays = self.declare_rows(func, pools.len());
         let packed = Packed {
             layout: self.layout,
             words: func.argument(Shape::new(DType::I32, [(WORDS, self.layout.len() as u64)])),
         };
+        let num_tokens = packed.scalar(Field::NumTokens);
+        scope.known.extend(self.assembler.weights.values(func, &weights, num_tokens));
         let page_table = arrays.page_table.scatter(
             &[(ENTRIES, packed.get(Field::DeltaIndex, DELTAS))],
             packed.get(Field::DeltaPage, DELTAS),
@@ -266,6 +268,8 @@ impl Parts<'_> {
         scope.call(func, self.hidden, "hidden")?;
         let hidden = scope.require(Operand::Hidden, self.hidden, "hidden")?.named(&[TOKENS, HIDDEN]);
         scope.set(Operand::Hidden, hidden.take(TOKENS, packed.get(Field::LogitRows, ROWS)));
+        let num_rows = packed.scalar(Field::NumRows);
+        self.assembler.weights.rows_parts().for_each(|part| scope.set(part, num_rows));
         scope.call(func, self.head, "head")?;
         let logits = scope.require(Operand::Logits, self.head, "head")?.named(&[ROWS, VOCAB]);
         let slots = packed.get(Field::Slots, ROWS);

@@ -35,6 +35,10 @@ pub enum Field {
     LogitRows,
     /// `[rows]`: the slot of the request that row `r` samples for; the trash slot if it samples nothing.
     Slots,
+    /// `[]`: tokens that are no padding.
+    NumTokens,
+    /// `[]`: logit rows that are no padding.
+    NumRows,
     /// `[]`: which optional parts run, a union of [`flag`]s.
     Flags,
     /// `[rows]`, f32 bits; 0 = greedy.
@@ -92,7 +96,7 @@ pub enum Rows {
     All,
 }
 
-const FIELDS: [Field; 25] = [
+const FIELDS: [Field; 27] = [
     Field::TokenSrc,
     Field::Positions,
     Field::TokenSeq,
@@ -105,6 +109,8 @@ const FIELDS: [Field; 25] = [
     Field::DeltaPage,
     Field::LogitRows,
     Field::Slots,
+    Field::NumTokens,
+    Field::NumRows,
     Field::Flags,
     Field::Temperature,
     Field::TopK,
@@ -154,7 +160,7 @@ impl StepLayout {
             Field::TokenSrc | Field::Positions | Field::TokenSeq | Field::KvSlot => self.shape.tokens as usize,
             Field::CuQLens => self.shape.seqs as usize + 1,
             Field::KvLens | Field::PageBegin => self.shape.seqs as usize,
-            Field::NumSeqs | Field::Flags => 1,
+            Field::NumSeqs | Field::NumTokens | Field::NumRows | Field::Flags => 1,
             Field::DeltaIndex | Field::DeltaPage => self.deltas,
             _ => self.rows,
         }

@@ -105,8 +105,8 @@ fn attention_block(import: &Import, native: &Native<'_>, block: &Block) -> Optio
     if let Some(cap) = soft_cap {
         call = call.with("soft_cap", Attribute::F32(cap));
     }
-    // x, norm, QKV (arena and place), bias?, output (arena and place), cos, sin, then the pool.
-    let pool = 8 + usize::from(block.bias);
+    // x, norm, QKV (three parts), bias?, output (three parts), cos, sin, then the pool.
+    let pool = 10 + usize::from(block.bias);
     for part in 0..block.pool_parts {
         call = call.alias(1 + part, pool + part);
     }

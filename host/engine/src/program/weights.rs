@@ -2,7 +2,8 @@
 //!
 //! On most devices each weight is an argument of its own. For the CPU's kernels, matrices lie packed in one *arena*
 //! argument and vectors in another: XLA spends about 2 us a step on each argument of a program, and a model has
-//! hundreds of weights. A packed matrix is then two tensors to a model: the arena, and its place in it.
+//! hundreds of weights. A packed matrix is then three tensors to a model: the arena, its place in it, and how many rows
+//! of activations are real, so that the kernels leave the padding of a bucket out.
 
 use std::ops::Range;
 
@@ -51,12 +52,15 @@ impl Place {
                 storage: format!("dense-{}", DType::F32),
             },
             Self::Packed { storage, .. } => WeightHandle {
-                parts: vec![arena.clone(), TensorType::scalar(DType::I32)],
+                parts: vec![arena.clone(), TensorType::scalar(DType::I32), TensorType::scalar(DType::I32)],
                 storage: (*storage).to_owned(),
             },
         }
     }
 }
+
+/// The part of a packed matrix that says how many rows of activations are real.
+const ROWS_PART: usize = 2;
 
 const BYTES: Axis = Axis("bytes");
 const ELEMENTS: Axis = Axis("elements");
@@ -127,9 +131,24 @@ impl WeightMap {
         self.names.iter().map(String::as_str).zip(self.places.iter().map(handle))
     }
 
-    /// Declares the arguments, and gives the value of each part of each weight.
-    pub fn declare<'f>(&self, func: &'f Func<'f>) -> Vec<(Operand, Value<'f>)> {
-        let arguments: Vec<_> = self.arguments.iter().map(|tensor| func.argument(Shape::opaque(tensor))).collect();
+    /// The parts that say how many rows of activations are real.
+    pub fn rows_parts(&self) -> impl Iterator<Item = Operand> {
+        let packed = self.names.iter().zip(&self.places).filter(|(_, place)| matches!(place, Place::Packed { .. }));
+        packed.map(|(name, _)| Operand::Weight { name: name.clone(), part: ROWS_PART })
+    }
+
+    /// Declares the arguments.
+    pub fn declare<'f>(&self, func: &'f Func<'f>) -> Vec<Value<'f>> {
+        self.arguments.iter().map(|tensor| func.argument(Shape::opaque(tensor))).collect()
+    }
+
+    /// The value of each part of each weight, for activations of so many rows.
+    pub fn values<'f>(
+        &self,
+        func: &'f Func<'f>,
+        arguments: &[Value<'f>],
+        rows: Value<'f>,
+    ) -> Vec<(Operand, Value<'f>)> {
         let mut values = Vec::new();
         for (name, place) in self.names.iter().zip(&self.places) {
             let mut set = |part, value| values.push((Operand::Weight { name: name.clone(), part }, value));
@@ -141,6 +160,7 @@ impl WeightMap {
                 Place::Packed { bytes, .. } => {
                     set(0, arguments[0].named(&[BYTES]));
                     set(1, func.scalar(DType::I32, (bytes.start / ALIGNMENT as u64) as i32));
+                    set(ROWS_PART, rows);
                 }
             }
         }

@@ -21,6 +21,9 @@ pub trait Element: Plain + sealed::Sealed {
 
     /// Adds to f32. Both slices have the same length.
     fn add(level: Level, from: &[Self], to: &mut [f32]);
+
+    /// Writes zeros.
+    fn clear(to: &mut [Self]);
 }
 
 /// Defines a function whose body is compiled once for each level that widens what plain code can use. All of these
@@ -123,6 +126,10 @@ impl Element for f32 {
     fn add(level: Level, from: &[Self], to: &mut [f32]) {
         add_f32(level, from, to);
     }
+
+    fn clear(to: &mut [Self]) {
+        to.fill(0.0);
+    }
 }
 
 impl Element for bf16 {
@@ -139,6 +146,10 @@ impl Element for bf16 {
     fn add(level: Level, from: &[Self], to: &mut [f32]) {
         assert_eq!(from.len(), to.len());
         add_bf16(level, from, to);
+    }
+
+    fn clear(to: &mut [Self]) {
+        to.fill(bf16::ZERO);
     }
 }
 

@@ -8,7 +8,7 @@ use torus_abi::{
     kernel::{Bf16, Call, Element as Tensorial, Kernel},
 };
 
-use super::{Activations, cache_index, expect, matrix, profile};
+use super::{Activations, MATRIX, cache_index, cleared, expect, matrix, profile, real_rows};
 use crate::{
     Epilogue,
     activations::{Element, Prepared},
@@ -141,8 +141,8 @@ impl<X: Activations, K: Cached> Kernel for AttentionBlock<X, K> {
             let params = params(call)?;
             let (x, norm) = (call.argument::<X>(0)?, call.argument::<f32>(1)?);
             let has_bias: bool = call.attribute("bias")?;
-            let bias = has_bias.then(|| call.argument::<f32>(4)).transpose()?;
-            let output = 4 + usize::from(has_bias);
+            let bias = has_bias.then(|| call.argument::<f32>(2 + MATRIX)).transpose()?;
+            let output = 2 + MATRIX + usize::from(has_bias);
             let block = Block {
                 params,
                 norm: &norm,
@@ -150,17 +150,22 @@ impl<X: Activations, K: Cached> Kernel for AttentionBlock<X, K> {
                 qkv: matrix(call, 2)?,
                 bias: bias.as_deref(),
                 output: matrix(call, output)?,
-                cos: call.argument::<f32>(output + 2)?.as_slice(),
-                sin: call.argument::<f32>(output + 3)?.as_slice(),
+                cos: call.argument::<f32>(output + MATRIX)?.as_slice(),
+                sin: call.argument::<f32>(output + MATRIX + 1)?.as_slice(),
                 step: step(call, call.arguments() - CONTEXT)?,
             };
             let (mut y, mut pool) = (call.result::<X>(0)?, call.result::<K>(1)?);
             let mut scales = K::Own::SCALED.then(|| call.result::<f32>(2)).transpose()?;
             expect("the norm's size", norm.len(), block.qkv.columns())?;
-            expect("the input's size", x.dims::<2>()?[1], block.qkv.columns())?;
+            let [rows, columns] = x.dims()?;
+            expect("the input's size", columns, block.qkv.columns())?;
             expect("the result's size", y.len(), x.len())?;
             let scales = scales.as_deref_mut().unwrap_or_default();
-            block.apply(X::own(&x), K::own_mut(&mut pool), scales, X::own_mut(&mut y))
+            let rotary = call.argument::<f32>(output + MATRIX)?.dims::<2>()?[1];
+            let rows = real_rows(call, 2, rows)?;
+            expect("the number of tokens", block.step.tokens(), rows)?;
+            let y = cleared(X::own_mut(&mut y), rows * columns);
+            block.apply(&X::own(&x)[..rows * columns], rotary, K::own_mut(&mut pool), scales, y)
         })
     }
 }
@@ -183,6 +188,7 @@ impl Block<'_> {
     fn apply<X: Element, K: KvElement>(
         &self,
         x: &[X],
+        rotary: usize,
         pool: &mut [K],
         scales: &mut [f32],
         y: &mut [X],
@@ -212,7 +218,6 @@ impl Block<'_> {
                 unsafe { shared.part(start..start + values.len()) }.copy_from_slice(values);
             }
         });
-        let rotary = self.cos.len() / rows.max(1);
         rotate(&mut joint, width, 0..q_heads + kv_heads, head_dim, [self.cos, self.sin], rotary);
         let part = |from: usize| Rows { data: &joint[from.min(joint.len())..], stride: width };
         let inputs = Inputs { q: part(0), k: part(queries), v: part(queries + keys) };
