@@ -60,6 +60,7 @@ pub fn main() -> ExitCode {
         // SAFETY: this process has no other thread yet.
         unsafe { torus_pjrt::prepare_libtpu_environment() };
     }
+    keep_freed_memory();
     let threads = cli.command.engine_args().and_then(|args| args.device.threads);
     prepare_xla_environment(threads.unwrap_or_else(|| limits.cpus()));
     let runs_engine = cli.command.engine_args().is_some();
@@ -102,6 +103,17 @@ fn usage_error(refused: &refuse::Refused) -> ExitCode {
     const USAGE: u8 = 2;
     eprintln!("error: {refused}");
     ExitCode::from(USAGE)
+}
+
+/// Lets the allocator keep large blocks that were freed. XLA allocates the temporaries of a step anew each time; given back
+/// to the system, each of their pages costs a fault and a clearing in every step.
+fn keep_freed_memory() {
+    const KEPT_BYTES: libc::c_int = 1 << 30;
+    #[cfg(target_env = "gnu")]
+    for parameter in [libc::M_MMAP_THRESHOLD, libc::M_TRIM_THRESHOLD] {
+        // SAFETY: it only changes how the allocator of this process behaves.
+        unsafe { libc::mallopt(parameter, KEPT_BYTES) };
+    }
 }
 
 /// Settings that XLA reads from the environment: how many threads its pool has on a CPU (as many as the machine has cores

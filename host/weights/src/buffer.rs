@@ -26,6 +26,10 @@ impl AlignedBytes {
     pub fn zeroed(len: usize) -> io::Result<Self> {
         // A mapping of no bytes is refused by the system.
         let pages = MmapMut::map_anon(len.max(1))?;
+        // Weights are read from end to end in each step: with small pages, hardware stops prefetching at each of them. A
+        // system that has no large ones says so, which changes nothing else.
+        #[cfg(target_os = "linux")]
+        let _ = pages.advise(memmap2::Advice::HugePage);
         Ok(Self { pages: Arc::new(pages.into()), offset: 0, len })
     }
 
