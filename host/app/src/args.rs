@@ -56,6 +56,41 @@ pub enum BenchCommand {
     OverHttp(torus_bench::Bench),
     /// Time an engine's steps in this process, beside a sum over the bytes of weights that a step reads
     Step(Box<StepBenchArgs>),
+    /// Measure what the host alone costs: scheduling, packing, streaming, the prefix cache
+    Host(HostBenchArgs),
+}
+
+/// Options of `torus bench host`.
+#[derive(Debug, clap::Args)]
+pub struct HostBenchArgs {
+    /// Requests that run at once
+    #[arg(long, value_name = "N", num_args = 1.., value_delimiter = ',', default_values_t = [32, 256, 1024, 4096],
+        help_heading = "Cases")]
+    pub running: Vec<usize>,
+    /// Tokens of each prompt
+    #[arg(long, value_name = "TOKENS", default_value_t = 64, help_heading = "Cases")]
+    pub input_len: usize,
+    /// Tokens that each generates
+    #[arg(long, value_name = "N", default_value_t = 100, help_heading = "Cases")]
+    pub steps: usize,
+    /// Tokens in the prefix cache that is measured by itself
+    #[arg(long, value_name = "TOKENS", default_value_t = 1_000_000, help_heading = "Cases")]
+    pub cached_tokens: usize,
+    /// HTTP clients that are streamed to
+    #[arg(long, value_name = "N", default_value_t = 256, help_heading = "Cases")]
+    pub clients: usize,
+    /// Tokens streamed to each
+    #[arg(long, value_name = "TOKENS", default_value_t = 200, help_heading = "Cases")]
+    pub stream_tokens: usize,
+    /// Print what each part of a step takes
+    #[arg(long, help_heading = "Output")]
+    pub profile: bool,
+    /// Folder for Chrome traces of the steps
+    #[arg(long, value_name = "FOLDER", help_heading = "Output")]
+    pub trace_dir: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long, help_heading = "Output")]
+    pub json: bool,
 }
 
 /// Options of `torus bench step`.

@@ -9,6 +9,7 @@
 //! - No code from a model's folder is ever run. Plugins are loaded from where the operator put them, and nowhere else.
 
 mod args;
+mod bench_host;
 mod bench_step;
 mod cache_dir;
 mod check_env;
@@ -92,6 +93,7 @@ fn run(command: Command, limits: &Limits) -> anyhow::Result<ExitCode> {
         Command::CheckEnv(args) => check_env::run(&args, limits),
         Command::Bench(BenchCommand::OverHttp(bench)) => torus_bench::run(bench).map(|()| ExitCode::SUCCESS),
         Command::Bench(BenchCommand::Step(args)) => bench_step::run(&args, limits),
+        Command::Bench(BenchCommand::Host(args)) => bench_host::run(&args),
         Command::Version => {
             println!("{}", version::describe());
             Ok(ExitCode::SUCCESS)

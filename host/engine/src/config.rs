@@ -45,6 +45,39 @@ pub struct EngineConfig {
     pub fail_on_token: Option<u32>,
 }
 
+/// What the step loop is told, whatever it runs on.
+#[derive(Clone, Debug)]
+pub(crate) struct LoopConfig {
+    pub schedule: ScheduleConfig,
+    pub random_seed: u64,
+    pub watchdog_timeout: std::time::Duration,
+    pub fail_on_token: Option<u32>,
+}
+
+impl From<&EngineConfig> for LoopConfig {
+    fn from(config: &EngineConfig) -> Self {
+        Self {
+            schedule: config.schedule.clone(),
+            random_seed: config.random_seed,
+            watchdog_timeout: config.watchdog_timeout,
+            fail_on_token: config.fail_on_token,
+        }
+    }
+}
+
+/// An engine without a model, on a device that answers at once with tokens that mean nothing: for measuring the host.
+#[derive(Clone, Debug)]
+pub struct NullConfig {
+    pub vocab: usize,
+    /// Longest prompt plus output.
+    pub context_length: usize,
+    pub page_size: usize,
+    /// Tokens that the pool of pages holds.
+    pub max_total_tokens: usize,
+    /// As for a model; `None` = 256 requests, 2,048 tokens a step.
+    pub schedule: ScheduleConfig,
+}
+
 /// The device and the library that drives it.
 #[derive(Clone, Debug)]
 pub struct DeviceConfig {

@@ -14,12 +14,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use torus_pjrt::{HostCopy, PjrtError};
+use torus_pjrt::PjrtError;
 use torus_sched::{Batch, Ended, Outcome, Request, RequestId, Row, Scheduler};
 
 use crate::{
     api::{Abort, AbortTarget, FinishReason, FlushRefused, Readiness},
-    config::EngineConfig,
+    config::LoopConfig,
+    device::Pending,
     handle::{Command, Shared, Submission, lock},
     load::Loaded,
     pack::{self, Packed},
@@ -34,7 +35,7 @@ use crate::{
 /// A step whose result is awaited.
 struct InFlight {
     batch: Batch,
-    copy: HostCopy,
+    copy: Pending,
     rows: Rows,
     launched: Instant,
 }
@@ -62,7 +63,7 @@ pub(crate) struct Core {
 const IDLE_WAIT: Duration = Duration::from_millis(500);
 
 impl Core {
-    pub fn new(config: &EngineConfig, loaded: Loaded, shared: Arc<Shared>) -> Self {
+    pub fn new(config: &LoopConfig, loaded: Loaded, shared: Arc<Shared>) -> Self {
         let scheduler = Scheduler::new(torus_sched::Config {
             max_running: loaded.max_running,
             token_budget: loaded.token_budget,
@@ -238,7 +239,10 @@ impl Core {
     }
 
     fn launch_steps(&mut self) {
-        while let Some(batch) = self.scheduler.schedule() {
+        loop {
+            let started = Instant::now();
+            let Some(batch) = self.scheduler.schedule() else { break };
+            self.profiler.record("schedule", started, Instant::now(), batch.tokens());
             let id = batch.id;
             if let Err(error) = self.launch(batch) {
                 tracing::error!(%error, "a step failed to start");
@@ -267,13 +271,18 @@ impl Core {
             self.prepare_row(row)?;
         }
         let Packed { bytes, bucket, rows, padding } = pack::pack(&batch, &mut self.requests, &mut self.loaded)?;
+        let packed = Instant::now();
         if self.is_to_fail(&batch) {
             return Err(PjrtError::Invalid("this step was told to fail".into()));
         }
-        let executable = self.loaded.program(rows, bucket).executable.clone();
-        let copy = self.loaded.state.step(&executable, &bytes)?;
+        let program = match rows {
+            Rows::All => &self.loaded.prompt_logprobs,
+            Rows::Sampled => &self.loaded.buckets[bucket],
+        };
+        let copy = self.loaded.state.step(program, &bytes)?;
         self.stats.launched(batch.tokens(), padding);
-        self.profiler.record("prepare", started, Instant::now(), batch.tokens());
+        self.profiler.record("pack", started, packed, batch.tokens());
+        self.profiler.record("launch", packed, Instant::now(), batch.tokens());
         self.in_flight.push_back(InFlight { batch, copy, rows, launched: Instant::now() });
         Ok(())
     }

@@ -5,12 +5,77 @@ use std::sync::Arc;
 use torus_abi::{DType, TensorType};
 use torus_pjrt::{Buffer, Execution, HostCopy, LoadedExecutable, PjrtError};
 
-use crate::program::{Arguments, LOAD_ENTRIES};
+use crate::{
+    load::Bucket,
+    program::{Arguments, LOAD_ENTRIES},
+};
 
+mod null;
 mod target;
 
+pub(crate) use null::NullDevice;
 pub use target::Device;
 pub(crate) use target::Target;
+
+/// What steps run on.
+pub(crate) enum StepDevice {
+    Pjrt(Box<DeviceState>),
+    Null(NullDevice),
+}
+
+/// The result of a step, which may still be on its way.
+pub(crate) enum Pending {
+    Copy(HostCopy),
+    Ready(Vec<u8>),
+}
+
+impl Pending {
+    /// Waits for the result.
+    pub fn wait(self) -> Result<Vec<u8>, PjrtError> {
+        match self {
+            Self::Copy(copy) => copy.wait(),
+            Self::Ready(result) => Ok(result),
+        }
+    }
+}
+
+impl StepDevice {
+    /// As [`DeviceState::step`].
+    pub fn step(&mut self, bucket: &Bucket, packed: &[u8]) -> Result<Pending, PjrtError> {
+        match (self, &bucket.executable) {
+            (Self::Pjrt(state), Some(program)) => state.step(program, packed).map(Pending::Copy),
+            (Self::Null(device), _) => device.step(&bucket.layout, packed).map(Pending::Ready),
+            (Self::Pjrt(_), None) => Err(PjrtError::Invalid("this step has no program".into())),
+        }
+    }
+
+    /// As [`DeviceState::reset`].
+    pub fn reset(&mut self) -> Result<(), PjrtError> {
+        self.state().map_or(Ok(()), DeviceState::reset)
+    }
+
+    /// As [`DeviceState::load_counts`].
+    pub fn load_counts(&mut self, slot: u32, entries: &[(u32, i32)]) -> Result<(), PjrtError> {
+        self.state().map_or(Ok(()), |state| state.load_counts(slot, entries))
+    }
+
+    /// As [`DeviceState::load_bias`].
+    pub fn load_bias(&mut self, slot: u32, entries: &[(u32, f32)]) -> Result<(), PjrtError> {
+        self.state().map_or(Ok(()), |state| state.load_bias(slot, entries))
+    }
+
+    /// As [`DeviceState::load_pages`].
+    pub fn load_pages(&mut self, entries: &[(u32, i32)]) -> Result<(), PjrtError> {
+        self.state().map_or(Ok(()), |state| state.load_pages(entries))
+    }
+
+    fn state(&mut self) -> Option<&mut DeviceState> {
+        match self {
+            Self::Pjrt(state) => Some(state),
+            Self::Null(_) => None,
+        }
+    }
+}
 
 /// The programs beside the step.
 pub(crate) struct Loaders {

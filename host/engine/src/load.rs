@@ -18,7 +18,7 @@ use crate::{
     budget::{Reservation, Shortage},
     compile::{CacheKey, CompileError, Compiler},
     config::{DtypeChoice, EngineConfig, KvCacheDtype, Platform},
-    device::{DeviceState, Loaders, Target},
+    device::{DeviceState, Loaders, StepDevice, Target},
     handle::{Shared, lock},
     kernels::{register_host_kernels, register_kernels},
     memory,
@@ -62,7 +62,8 @@ fn invalid(field: &'static str, message: impl Into<String>) -> StartError {
 /// One compiled bucket.
 pub(crate) struct Bucket {
     pub layout: StepLayout,
-    pub executable: Arc<LoadedExecutable>,
+    /// `None` on the null device.
+    pub executable: Option<Arc<LoadedExecutable>>,
 }
 
 impl Bucket {
@@ -74,7 +75,7 @@ impl Bucket {
 
 /// Everything the step loop runs on.
 pub(crate) struct Loaded {
-    pub state: DeviceState,
+    pub state: StepDevice,
     /// By ascending number of tokens.
     pub buckets: Vec<Bucket>,
     /// The program that gives logprobs of prompt tokens.
@@ -92,7 +93,8 @@ pub(crate) struct Loaded {
     /// Entries of the table that the next step buffer brings.
     pub pending_pages: Vec<(u32, i32)>,
     /// Given back after everything above is gone: fields are dropped in order.
-    _reservation: Reservation,
+    #[expect(dead_code, reason = "held until the engine ends")]
+    pub reservation: Option<Reservation>,
 }
 
 impl Loaded {
@@ -172,7 +174,7 @@ pub(crate) fn load(config: &EngineConfig, shared: &Shared) -> Result<Loaded, Sta
         end_token_ids: end_tokens.clone(),
     }));
     Ok(Loaded {
-        state,
+        state: StepDevice::Pjrt(Box::new(state)),
         buckets: programs.buckets,
         prompt_logprobs: programs.prompt_logprobs,
         shape: plan.shape(1, 1),
@@ -184,7 +186,7 @@ pub(crate) fn load(config: &EngineConfig, shared: &Shared) -> Result<Loaded, Sta
         pages_per_slot: plan.pages_per_slot,
         pages: vec![Vec::new(); plan.max_running],
         pending_pages: Vec::new(),
-        _reservation: reservation,
+        reservation: Some(reservation),
     })
 }
 
@@ -396,7 +398,7 @@ fn compile(
             assembler.attention.plugin()
         );
         let executable = compiler.compile(&name, &program.text)?;
-        Ok(Bucket { layout: program.layout, executable: Arc::new(executable) })
+        Ok(Bucket { layout: program.layout, executable: Some(Arc::new(executable)) })
     };
     let done = |done| {
         shared.set_readiness(Readiness::Compiling { done, total });

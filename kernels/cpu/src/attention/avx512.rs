@@ -180,60 +180,70 @@ pub(super) fn weighted<C: Compute>(weights: &[C], rows: usize, head_dim: usize, 
         *values = group[GROUP * head_dim..].as_ptr().cast::<u8>();
     }
     let (values, weights, sums) = (&values[..groups.len()], weights.as_ptr(), sums.as_mut_ptr());
-    // SAFETY: this level has the instructions; the rows are as long as the loops go, and each group ends with its values
-    // (asserted above).
-    unsafe {
-        if C::PAIRS {
-            for_rows!(rows, weighted_bf16, [], (weights.cast(), head_dim, values, sums));
-        } else {
-            for_rows!(rows, weighted_f32, [], (weights.cast(), head_dim, values, sums));
+    let mut block = 0;
+    while block < head_dim / 16 {
+        let pair = block + 1 < head_dim / 16;
+        // SAFETY: this level has the instructions; the rows are as long as the loops go, each group ends with its values,
+        // and there are one or two blocks of 16 dimensions more (asserted above).
+        unsafe {
+            let sums = sums.add(block * 16);
+            match (C::PAIRS, pair) {
+                (true, true) => for_rows!(rows, weighted_bf16, [2], (weights.cast(), head_dim, block, values, sums)),
+                (true, false) => for_rows!(rows, weighted_bf16, [1], (weights.cast(), head_dim, block, values, sums)),
+                (false, true) => for_rows!(rows, weighted_f32, [2], (weights.cast(), head_dim, block, values, sums)),
+                (false, false) => for_rows!(rows, weighted_f32, [1], (weights.cast(), head_dim, block, values, sums)),
+            }
         }
+        block += 2;
     }
 }
 
+/// `N` blocks of 16 dimensions at a time, with a number of blocks known to the compiler, so that sums stay in registers.
 macro_rules! weighted {
     ($name:ident, $x:ty, $steps:literal, |$sum:ident, $w:ident, $value:ident| $add:expr) => {
         /// # Safety
-        /// `weights` points to `M` rows of [`BLOCK_TOKENS`] elements, `values` to groups of values, `sums` to `M` rows of
-        /// `head_dim`.
+        /// `weights` points to `M` rows of [`BLOCK_TOKENS`] elements, `values` to groups of values, `sums` to `M` rows that are
+        /// `head_dim` apart, from dimension `16 * block` on.
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni")]
-        unsafe fn $name<const M: usize>(weights: *const $x, head_dim: usize, values: &[*const u8], sums: *mut f32) {
+        unsafe fn $name<const M: usize, const N: usize>(
+            weights: *const $x,
+            head_dim: usize,
+            block: usize,
+            values: &[*const u8],
+            sums: *mut f32,
+        ) {
             /// Registers of a group's values for 16 dimensions.
             const STEPS: usize = $steps;
             const STRIDE: usize = BLOCK_TOKENS / GROUP * STEPS;
-            let blocks = head_dim / 16;
-            let mut block = 0;
-            while block < blocks {
-                let second = if block + 1 < blocks { 1 } else { 0 };
-                // SAFETY: the caller's promise.
-                unsafe {
-                    let mut held = [[_mm512_setzero_ps(); 2]; M];
-                    for row in 0..M {
-                        for side in 0..=second {
-                            held[row][side] = _mm512_loadu_ps(sums.add(row * head_dim + (block + side) * 16));
-                        }
+            // SAFETY: the caller's promise.
+            unsafe {
+                let mut held = [[_mm512_setzero_ps(); N]; M];
+                for row in 0..M {
+                    for side in 0..N {
+                        held[row][side] = _mm512_loadu_ps(sums.add(row * head_dim + side * 16));
                     }
-                    for (group, values) in values.iter().enumerate() {
-                        let first = values.add(block * STEPS * REGISTER);
-                        let other = values.add((block + second) * STEPS * REGISTER);
-                        for step in 0..STEPS {
-                            let both = [first, other].map(|values| _mm512_loadu_si512(values.add(step * REGISTER).cast()));
-                            for row in 0..M {
-                                let $value = weights.add(row * STRIDE + group * STEPS + step).read_unaligned();
-                                for side in 0..2 {
-                                    let ($sum, $w) = (held[row][side], both[side]);
-                                    held[row][side] = $add;
-                                }
+                }
+                for (group, values) in values.iter().enumerate() {
+                    let values = values.add(block * STEPS * REGISTER);
+                    for step in 0..STEPS {
+                        let mut registers = [_mm512_setzero_si512(); N];
+                        for side in 0..N {
+                            registers[side] = _mm512_loadu_si512(values.add((side * STEPS + step) * REGISTER).cast());
+                        }
+                        for row in 0..M {
+                            let $value = weights.add(row * STRIDE + group * STEPS + step).read_unaligned();
+                            for side in 0..N {
+                                let ($sum, $w) = (held[row][side], registers[side]);
+                                held[row][side] = $add;
                             }
                         }
                     }
-                    for row in 0..M {
-                        for side in 0..=second {
-                            _mm512_storeu_ps(sums.add(row * head_dim + (block + side) * 16), held[row][side]);
-                        }
+                }
+                for row in 0..M {
+                    for side in 0..N {
+                        _mm512_storeu_ps(sums.add(row * head_dim + side * 16), held[row][side]);
                     }
                 }
-                block += 2;
             }
         }
     };

@@ -1,0 +1,191 @@
+//! `torus bench host`: what the host alone costs. The engine is the real one, on a device that answers at once; its
+//! trace says what each part of a step took. Streams are real HTTP, beside a bare loop that writes the same bytes.
+
+mod radix;
+mod streams;
+
+use std::{collections::BTreeMap, fs, path::Path, process::ExitCode, sync::Arc};
+
+use anyhow::Context;
+use futures::{StreamExt, stream::FuturesUnordered};
+use serde_json::{Value, json};
+use torus_engine::{
+    NullConfig,
+    api::{Engine, GenerateRequest, LogprobOptions, SamplingParams},
+    config::ScheduleConfig,
+};
+
+use crate::{args::HostBenchArgs, serve::wait_until_ready};
+
+/// The vocabulary of the engine without a model.
+pub const VOCAB: usize = 49_152;
+const PAGE_SIZE: usize = 16;
+/// Tokens of a step in which all may decode.
+const CHUNK: usize = 8192;
+
+pub fn run(args: &HostBenchArgs) -> anyhow::Result<ExitCode> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let mut results = Vec::new();
+    for running in &args.running {
+        for shared in [false, true] {
+            let case = Case { running: *running, prompt: args.input_len, steps: args.steps, shared };
+            let measured = runtime.block_on(case.measure(args.trace_dir.as_deref()))?;
+            if !args.json {
+                measured.print(args.profile);
+            }
+            results.push(measured.json());
+        }
+    }
+    let radix = radix::measure(args.cached_tokens);
+    let streams = runtime.block_on(streams::measure(args.clients, args.stream_tokens))?;
+    if args.json {
+        println!("{}", json!({"steps": results, "radix": radix.json(), "streams": streams.json()}));
+    } else {
+        radix.print();
+        streams.print();
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// An engine on the null device.
+pub fn engine(running: usize, context: usize) -> anyhow::Result<Arc<dyn Engine>> {
+    let config = NullConfig {
+        vocab: VOCAB,
+        context_length: context,
+        page_size: PAGE_SIZE,
+        max_total_tokens: 2 * running * context.next_multiple_of(PAGE_SIZE),
+        schedule: ScheduleConfig {
+            max_running_requests: Some(running),
+            chunked_prefill_size: Some(CHUNK.max(running)),
+            max_prefill_tokens: 16_384,
+            max_queued_requests: 2 * running,
+            policy: torus_sched::Policy::Fcfs,
+            prefix_cache: true,
+            overlap: true,
+        },
+    };
+    Ok(Arc::new(torus_engine::start_null(config)?))
+}
+
+/// Requests that run together.
+struct Case {
+    running: usize,
+    prompt: usize,
+    steps: usize,
+    /// All prompts begin alike, so that all but the first find most of theirs in the cache.
+    shared: bool,
+}
+
+struct Measured {
+    running: usize,
+    shared: bool,
+    steps_per_s: f64,
+    /// Seconds of a part in each decode step, ascending.
+    parts: BTreeMap<String, Vec<f64>>,
+    /// Seconds of all parts that come before the next step can be launched, ascending.
+    critical: Vec<f64>,
+}
+
+impl Case {
+    async fn measure(&self, trace_dir: Option<&Path>) -> anyhow::Result<Measured> {
+        let engine = engine(self.running, self.prompt + self.steps + 1)?;
+        wait_until_ready(&*engine).await.map_err(anyhow::Error::msg)?;
+        engine.start_profile(trace_dir.and_then(Path::to_str))?;
+        let streams = (0..self.running).map(|index| engine.submit(self.request(index)));
+        let streams = streams.collect::<Result<Vec<_>, _>>()?;
+        let drained: FuturesUnordered<_> =
+            streams.into_iter().map(|mut stream| tokio::spawn(async move { while stream.next().await.is_some() {} })).collect();
+        drained.for_each(|_| async {}).await;
+        let path = engine.stop_profile()?;
+        let trace: Value = serde_json::from_slice(&fs::read(&path)?)?;
+        if trace_dir.is_none() {
+            fs::remove_file(&path)?;
+        }
+        self.read(&trace)
+    }
+
+    fn request(&self, index: usize) -> GenerateRequest {
+        let own = |position: usize| ((index * 7919 + position * 31) % (VOCAB - 16)) as u32 + 16;
+        let common = |position: usize| if self.shared && position < self.prompt * 7 / 8 { 16 + position as u32 % 999 } else { own(position) };
+        GenerateRequest {
+            id: format!("host-{index}"),
+            prompt: (0..self.prompt).map(common).collect(),
+            sampling: SamplingParams {
+                max_new_tokens: u32::try_from(self.steps).ok(),
+                temperature: 0.0,
+                ignore_eos: true,
+                ..SamplingParams::default()
+            },
+            logprobs: LogprobOptions::default(),
+            namespace: None,
+            deadline: None,
+        }
+    }
+
+    /// What the steps cost in which all decode.
+    fn read(&self, trace: &Value) -> anyhow::Result<Measured> {
+        let events = trace["traceEvents"].as_array().context("the engine's trace has no events")?;
+        let mut parts: BTreeMap<String, Vec<f64>> = BTreeMap::new();
+        let mut ends = Vec::new();
+        for event in events.iter().filter(|event| event["args"]["tokens"].as_u64() == Some(self.running as u64)) {
+            let (Some(name), Some(begin), Some(us)) =
+                (event["name"].as_str(), event["ts"].as_f64(), event["dur"].as_f64())
+            else {
+                continue;
+            };
+            if name == "step" {
+                ends.push((begin + us) * 1e-6);
+            } else {
+                parts.entry(name.to_owned()).or_default().push(us * 1e-6);
+            }
+        }
+        let count = parts.values().map(Vec::len).min().unwrap_or(0);
+        anyhow::ensure!(count > 1, "no step decoded all {} requests: give more --steps", self.running);
+        let mut critical: Vec<f64> = (0..count).map(|step| parts.values().map(|times| times[step]).sum()).collect();
+        critical.sort_by(f64::total_cmp);
+        parts.values_mut().for_each(|times| times.sort_by(f64::total_cmp));
+        let span = ends.last().unwrap_or(&0.0) - ends.first().unwrap_or(&0.0);
+        let steps_per_s = (ends.len() - 1) as f64 / span;
+        Ok(Measured { running: self.running, shared: self.shared, steps_per_s, parts, critical })
+    }
+}
+
+fn quantile(sorted: &[f64], share: f64) -> f64 {
+    sorted.get(((sorted.len().max(1) - 1) as f64 * share).round() as usize).copied().unwrap_or(f64::NAN)
+}
+
+/// What the issue of a step is held against: a decode step of a fast device.
+const STEP_S: f64 = 11e-3;
+
+impl Measured {
+    fn print(&self, profile: bool) {
+        let hits = if self.shared { "shared prefixes" } else { "own prompts" };
+        println!(
+            "{} running, {hits}: {:.0} steps/s; between steps p50 {:.0} us, p99 {:.0} us: {:.1}% of a step of 11 ms",
+            self.running,
+            self.steps_per_s,
+            quantile(&self.critical, 0.5) * 1e6,
+            quantile(&self.critical, 0.99) * 1e6,
+            quantile(&self.critical, 0.5) / STEP_S * 100.0
+        );
+        if profile {
+            for (name, times) in &self.parts {
+                println!("  {name:<10} p50 {:>8.1} us  p99 {:>8.1} us", quantile(times, 0.5) * 1e6, quantile(times, 0.99) * 1e6);
+            }
+        }
+    }
+
+    fn json(&self) -> Value {
+        let part = |(name, times): (&String, &Vec<f64>)| {
+            (name.clone(), json!({"p50_s": quantile(times, 0.5), "p99_s": quantile(times, 0.99)}))
+        };
+        json!({
+            "running": self.running,
+            "shared_prefixes": self.shared,
+            "steps_per_s": self.steps_per_s,
+            "critical_p50_s": quantile(&self.critical, 0.5),
+            "critical_p99_s": quantile(&self.critical, 0.99),
+            "parts": self.parts.iter().map(part).collect::<serde_json::Map<_, _>>(),
+        })
+    }
+}
