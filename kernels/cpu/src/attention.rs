@@ -265,10 +265,17 @@ fn load_queries<X: Element, C: pages::Compute>(
     queries: &Rows<'_, X>,
     q: &mut [C],
 ) {
-    for (row, q) in q.chunks_exact_mut(params.head_dim).enumerate() {
+    // The heads of a token lie side by side.
+    let mut rest = &mut q[..];
+    let mut row = 0;
+    while row < tile.rows() {
         let (token, head) = tile.place(row);
-        let values = queries.head(token, head, params.head_dim);
-        C::convert(values, q);
+        let heads = (row..tile.rows()).take_while(|row| tile.place(*row).0 == token).count();
+        let start = token * queries.stride + head * params.head_dim;
+        let (own, after) = rest.split_at_mut(heads * params.head_dim);
+        C::convert(&queries.data[start..start + own.len()], own);
+        rest = after;
+        row += heads;
     }
 }
 

@@ -15,6 +15,7 @@ use torus_abi::kernel::parallel_for;
 
 use super::{Inputs, Params, Step};
 use crate::{
+    Level,
     activations::Element,
     level,
     shared::Shared,
@@ -58,6 +59,8 @@ pub trait Compute: Plain {
     const PAIRS: bool;
 
     fn convert<X: Element>(values: &[X], out: &mut [Self]);
+    /// Of f32.
+    fn narrow(level: Level, values: &[f32], out: &mut [Self]);
     fn from_f32(value: f32) -> Self;
     fn to_f32(self) -> f32;
 }
@@ -67,6 +70,10 @@ impl Compute for f32 {
 
     fn convert<X: Element>(values: &[X], out: &mut [Self]) {
         X::load(level(), values, out);
+    }
+
+    fn narrow(_: Level, values: &[f32], out: &mut [Self]) {
+        out.copy_from_slice(values);
     }
 
     fn from_f32(value: f32) -> Self {
@@ -82,9 +89,11 @@ impl Compute for bf16 {
     const PAIRS: bool = true;
 
     fn convert<X: Element>(values: &[X], out: &mut [Self]) {
-        let mut wide = Buffer::<f32>::take(values.len());
-        X::load(level(), values, &mut wide);
-        bf16::store(level(), &wide, out);
+        X::to_bf16(level(), values, out);
+    }
+
+    fn narrow(level: Level, values: &[f32], out: &mut [Self]) {
+        bf16::store(level, values, out);
     }
 
     fn from_f32(value: f32) -> Self {
@@ -103,8 +112,8 @@ pub trait KvElement: Plain {
     const SCALED: bool;
 
     fn zero() -> Self;
-    /// Of a value divided by its token's scale.
-    fn encode(value: f32) -> Self;
+    /// Of values divided by their token's scale.
+    fn encode(level: Level, values: &[f32], out: &mut [Self]);
     fn decode(self) -> f32;
     /// A slice of elements that products read as they are.
     fn as_compute(group: &[Self]) -> Option<&[Self::Compute]>;
@@ -118,8 +127,8 @@ impl KvElement for f32 {
         0.0
     }
 
-    fn encode(value: f32) -> Self {
-        value
+    fn encode(_: Level, values: &[f32], out: &mut [Self]) {
+        out.copy_from_slice(values);
     }
 
     fn decode(self) -> f32 {
@@ -139,8 +148,8 @@ impl KvElement for bf16 {
         bf16::ZERO
     }
 
-    fn encode(value: f32) -> Self {
-        bf16::from_f32(value)
+    fn encode(level: Level, values: &[f32], out: &mut [Self]) {
+        bf16::store(level, values, out);
     }
 
     fn decode(self) -> f32 {
@@ -163,8 +172,9 @@ impl KvElement for i8 {
         0
     }
 
-    fn encode(value: f32) -> Self {
-        value.round_ties_even().clamp(-LARGEST, LARGEST) as i8
+    fn encode(_: Level, values: &[f32], out: &mut [Self]) {
+        let round = |value: f32| value.round_ties_even().clamp(-LARGEST, LARGEST) as i8;
+        out.iter_mut().zip(values).for_each(|(out, value)| *out = round(*value));
     }
 
     fn decode(self) -> f32 {
@@ -200,7 +210,7 @@ pub(crate) fn write<X: Element, K: KvElement>(
     let (shape, head_dim) = (PoolShape::new(params), params.head_dim);
     let (groups, scales) = (Shared::new(pool), Shared::new(scales));
     parallel_for(params.kv_heads, |kv_head| {
-            let (level, mut values) = (level(), Buffer::<f32>::take(head_dim));
+            let (level, mut values, mut encoded) = (level(), Buffer::<f32>::take(head_dim), Buffer::<K>::take(head_dim));
             for (token, slot) in step.kv_slot[..step.tokens()].iter().enumerate() {
                 let slot = *slot as usize;
                 let (page, offset) = (slot / params.page_size, slot % params.page_size);
@@ -226,13 +236,15 @@ pub(crate) fn write<X: Element, K: KvElement>(
                 let pairs = K::Compute::PAIRS;
                 X::load(level, inputs.k.head(token, kv_head, head_dim), &mut values);
                 scaled(0, &mut values);
-                for (d, value) in values.iter().enumerate() {
-                    keys[key_at(pairs, t, d)] = K::encode(*value);
+                K::encode(level, &values, &mut encoded);
+                for (d, value) in encoded.iter().enumerate() {
+                    keys[key_at(pairs, t, d)] = *value;
                 }
                 X::load(level, inputs.v.head(token, kv_head, head_dim), &mut values);
                 scaled(1, &mut values);
-                for (d, value) in values.iter().enumerate() {
-                    held[value_at(pairs, t, d)] = K::encode(*value);
+                K::encode(level, &values, &mut encoded);
+                for (d, value) in encoded.iter().enumerate() {
+                    held[value_at(pairs, t, d)] = *value;
                 }
             }
     });

@@ -7,7 +7,7 @@ use super::{
     pages::{Compute, GROUP, KvElement, PoolShape},
     portable,
 };
-use crate::{Level, math::exp, workspace::Buffer};
+use crate::{Level, activations::for_levels, math::exp, workspace::Buffer};
 
 /// Tokens whose scores are computed at a time.
 pub(super) const BLOCK_TOKENS: usize = 64;
@@ -88,6 +88,7 @@ impl<'a, K: KvElement> Tile<'a, K> {
     }
 
     /// The step's token of a row, and its query head.
+    #[inline]
     pub fn place(&self, row: usize) -> (usize, usize) {
         let (token, head) = self.row(row);
         (self.step.cu_q_lens[self.item.seq as usize] as usize + token, head)
@@ -151,68 +152,56 @@ impl<'a, K: KvElement> Tile<'a, K> {
     }
 
     /// Turns scores into weights relative to the rows' peaks, and the sums so far with them.
-    fn softmax(&self, level: Level, block: Range<usize>, scores: &mut [f32], weights: &mut [K::Compute], out: &mut Partial) {
-        let head_dim = self.params.head_dim;
-        for row in 0..self.rows() {
+    fn softmax(
+        &self,
+        level: Level,
+        block: Range<usize>,
+        scores: &mut [f32],
+        weights: &mut [K::Compute],
+        out: &mut Partial,
+    ) {
+        let mut visible = [const { 0..0 }; TILE_ROWS];
+        for (row, visible) in visible.iter_mut().enumerate().take(self.rows()) {
             let seen = self.seen(row);
-            let scores = &mut scores[row * BLOCK_TOKENS..][..BLOCK_TOKENS];
-            let visible = seen.start.clamp(block.start, block.end) - block.start
-                ..seen.end.clamp(block.start, block.end) - block.start;
-            let weights = &mut weights[row * BLOCK_TOKENS..][..BLOCK_TOKENS];
-            let state = Running {
-                peak: &mut out.peaks[row],
-                total: &mut out.totals[row],
-                sums: &mut out.sums[row * head_dim..][..head_dim],
-            };
-            weigh(level, scores, visible, self.params, state);
-            K::Compute::convert(scores, weights);
+            let inside = |position: usize| position.clamp(block.start, block.end) - block.start;
+            *visible = inside(seen.start)..inside(seen.end);
+        }
+        weigh(level, scores, &visible[..self.rows()], self.params, out);
+        K::Compute::narrow(level, scores, weights);
+    }
+}
+
+for_levels! {
+    /// Turns the scores of a block, `[rows, BLOCK_TOKENS]`, into weights, in place.
+    fn weigh(scores: &mut [f32], visible: &[Range<usize>], params: &Params, out: &mut Partial) {
+        let head_dim = params.head_dim;
+        let rows = scores.as_chunks_mut::<BLOCK_TOKENS>().0.iter_mut().zip(visible);
+        for (row, (scores, visible)) in rows.enumerate() {
+            let sums = &mut out.sums[row * head_dim..][..head_dim];
+            weigh_row(scores, visible, params, [&mut out.peaks[row], &mut out.totals[row]], sums);
         }
     }
 }
 
-struct Running<'a> {
-    peak: &'a mut f32,
-    total: &'a mut f32,
-    sums: &'a mut [f32],
-}
-
-/// Turns a row's scores into weights, in place.
-fn weigh(level: Level, scores: &mut [f32], visible: Range<usize>, params: &Params, state: Running<'_>) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-        fn avx512(scores: &mut [f32], visible: Range<usize>, params: &Params, state: Running<'_>) {
-            weigh_plain(scores, visible, params, state);
-        }
-        #[target_feature(enable = "avx2,fma")]
-        fn avx2(scores: &mut [f32], visible: Range<usize>, params: &Params, state: Running<'_>) {
-            weigh_plain(scores, visible, params, state);
-        }
-        match level {
-            // SAFETY: the level is one that this machine has.
-            Level::Avx512 => return unsafe { avx512(scores, visible, params, state) },
-            // SAFETY: as above.
-            Level::Avx2 => return unsafe { avx2(scores, visible, params, state) },
-            _ => {}
-        }
-    }
-    let _ = level;
-    weigh_plain(scores, visible, params, state);
-}
-
+/// One row: `state` is its peak and its total.
 #[inline(always)]
-fn weigh_plain(scores: &mut [f32], visible: Range<usize>, params: &Params, state: Running<'_>) {
+fn weigh_row(
+    scores: &mut [f32; BLOCK_TOKENS],
+    visible: &Range<usize>,
+    params: &Params,
+    state: [&mut f32; 2],
+    sums: &mut [f32],
+) {
+    let [held_peak, total] = state;
     if visible.is_empty() {
         return scores.fill(0.0);
     }
-    let Some(scores) = scores.first_chunk_mut::<BLOCK_TOKENS>() else { return };
-    for (index, score) in scores.iter_mut().enumerate() {
-        let mut value = *score * params.scale;
-        if let Some(cap) = params.soft_cap {
-            value = cap * tanh(value / cap);
-        }
-        *score = if index >= visible.start && index < visible.end { value } else { f32::NEG_INFINITY };
+    scores.iter_mut().for_each(|score| *score *= params.scale);
+    if let Some(cap) = params.soft_cap {
+        scores.iter_mut().for_each(|score| *score = cap * tanh(*score / cap));
     }
+    scores[..visible.start].fill(f32::NEG_INFINITY);
+    scores[visible.end..].fill(f32::NEG_INFINITY);
     let mut peaks = [f32::NEG_INFINITY; 16];
     for chunk in scores.as_chunks::<16>().0 {
         for (peak, score) in peaks.iter_mut().zip(chunk) {
@@ -220,14 +209,14 @@ fn weigh_plain(scores: &mut [f32], visible: Range<usize>, params: &Params, state
         }
     }
     let block_peak = peaks.iter().fold(f32::NEG_INFINITY, |peak, score| if *score > peak { *score } else { peak });
-    if block_peak > *state.peak {
+    if block_peak > *held_peak {
         // The first time there is nothing yet to make smaller.
-        let decay = exp(*state.peak - block_peak);
-        *state.peak = block_peak;
-        *state.total *= decay;
-        state.sums.iter_mut().for_each(|sum| *sum *= decay);
+        let decay = exp(*held_peak - block_peak);
+        *held_peak = block_peak;
+        *total *= decay;
+        sums.iter_mut().for_each(|sum| *sum *= decay);
     }
-    let peak = if *state.peak == f32::NEG_INFINITY { 0.0 } else { *state.peak };
+    let peak = if *held_peak == f32::NEG_INFINITY { 0.0 } else { *held_peak };
     let mut totals = [0f32; 16];
     for chunk in scores.as_chunks_mut::<16>().0 {
         for (total, score) in totals.iter_mut().zip(chunk) {
@@ -235,7 +224,7 @@ fn weigh_plain(scores: &mut [f32], visible: Range<usize>, params: &Params, state
             *total += *score;
         }
     }
-    *state.total += totals.iter().sum::<f32>();
+    *total += totals.iter().sum::<f32>();
 }
 
 #[inline(always)]
