@@ -71,7 +71,7 @@ pub struct HostBenchArgs {
     #[arg(long, value_name = "TOKENS", default_value_t = 64, help_heading = "Cases")]
     pub input_len: usize,
     /// Tokens that each generates
-    #[arg(long, value_name = "N", default_value_t = 100, help_heading = "Cases")]
+    #[arg(long, value_name = "N", default_value_t = 200, help_heading = "Cases")]
     pub steps: usize,
     /// Tokens in the prefix cache that is measured by itself
     #[arg(long, value_name = "TOKENS", default_value_t = 1_000_000, help_heading = "Cases")]
@@ -80,7 +80,7 @@ pub struct HostBenchArgs {
     #[arg(long, value_name = "N", default_value_t = 256, help_heading = "Cases")]
     pub clients: usize,
     /// Tokens streamed to each
-    #[arg(long, value_name = "TOKENS", default_value_t = 200, help_heading = "Cases")]
+    #[arg(long, value_name = "TOKENS", default_value_t = 1000, help_heading = "Cases")]
     pub stream_tokens: usize,
     /// Print what each part of a step takes
     #[arg(long, help_heading = "Output")]

@@ -47,13 +47,14 @@ pub fn run(args: &HostBenchArgs) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// An engine on the null device.
-pub fn engine(running: usize, context: usize) -> anyhow::Result<Arc<dyn Engine>> {
+/// An engine on the null device; steps with fewer than `full_steps` sequences take a millisecond.
+pub fn engine(running: usize, context: usize, full_steps: usize) -> anyhow::Result<Arc<dyn Engine>> {
     let config = NullConfig {
         vocab: VOCAB,
         context_length: context,
         page_size: PAGE_SIZE,
         max_total_tokens: 2 * running * context.next_multiple_of(PAGE_SIZE),
+        full_steps,
         schedule: ScheduleConfig {
             max_running_requests: Some(running),
             chunked_prefill_size: Some(CHUNK.max(running)),
@@ -88,7 +89,7 @@ struct Measured {
 
 impl Case {
     async fn measure(&self, trace_dir: Option<&Path>) -> anyhow::Result<Measured> {
-        let engine = engine(self.running, self.prompt + self.steps + 1)?;
+        let engine = engine(self.running, self.prompt + self.steps + 1, self.running)?;
         wait_until_ready(&*engine).await.map_err(anyhow::Error::msg)?;
         engine.start_profile(trace_dir.and_then(Path::to_str))?;
         let streams = (0..self.running).map(|index| engine.submit(self.request(index)));

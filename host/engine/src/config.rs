@@ -74,6 +74,8 @@ pub struct NullConfig {
     pub page_size: usize,
     /// Tokens that the pool of pages holds.
     pub max_total_tokens: usize,
+    /// Steps with fewer sequences take a millisecond, so that those who submit get ahead of those who run.
+    pub full_steps: usize,
     /// As for a model; `None` = 256 requests, 2,048 tokens a step.
     pub schedule: ScheduleConfig,
 }

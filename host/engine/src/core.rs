@@ -5,7 +5,7 @@
 //! nothing else to do.
 
 use std::{
-    collections::{BTreeSet, HashMap, VecDeque},
+    collections::{BTreeSet, VecDeque},
     sync::{
         Arc,
         atomic::Ordering,
@@ -14,6 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use rustc_hash::FxHashMap;
 use torus_pjrt::PjrtError;
 use torus_sched::{Batch, Ended, Outcome, Request, RequestId, Row, Scheduler};
 
@@ -43,7 +44,7 @@ struct InFlight {
 pub(crate) struct Core {
     loaded: Loaded,
     scheduler: Scheduler,
-    requests: HashMap<RequestId, RequestState>,
+    requests: FxHashMap<RequestId, RequestState>,
     deadlines: BTreeSet<(Instant, RequestId)>,
     in_flight: VecDeque<InFlight>,
     shared: Arc<Shared>,
@@ -81,7 +82,7 @@ impl Core {
             watchdog: Watchdog::start(config.watchdog_timeout, shared.clone()),
             loaded,
             scheduler,
-            requests: HashMap::new(),
+            requests: FxHashMap::default(),
             deadlines: BTreeSet::new(),
             in_flight: VecDeque::new(),
             shared,

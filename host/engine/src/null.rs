@@ -47,7 +47,7 @@ pub(crate) fn load_null(config: &NullConfig, shared: &Shared) -> Loaded {
         end_token_ids: Vec::new(),
     }));
     Loaded {
-        state: StepDevice::Null(NullDevice { vocab: config.vocab as i32 }),
+        state: StepDevice::Null(NullDevice { vocab: config.vocab as i32, full_steps: config.full_steps as i32 }),
         buckets,
         prompt_logprobs: bucket(token_budget.min(max_running + 64), Rows::All),
         shape: shape(1),

@@ -1,6 +1,6 @@
 //! Fills the step buffer of a batch.
 
-use std::collections::HashMap;
+use rustc_hash::FxHashMap;
 
 use torus_pjrt::PjrtError;
 use torus_sched::{Batch, RequestId, Row};
@@ -24,7 +24,7 @@ pub(crate) struct Packed {
 /// Packs a batch. Page-table entries that do not fit the buffer are loaded first.
 pub(crate) fn pack(
     batch: &Batch,
-    requests: &mut HashMap<RequestId, RequestState>,
+    requests: &mut FxHashMap<RequestId, RequestState>,
     loaded: &mut Loaded,
 ) -> Result<Packed, PjrtError> {
     let tokens = batch.tokens();

@@ -2,6 +2,8 @@
 
 use std::collections::HashMap;
 
+use rustc_hash::FxHashMap;
+
 use torus_cache::{NodeId, PrefixCache};
 
 use crate::{RequestId, sequence::Sequence};
@@ -30,7 +32,7 @@ pub(crate) const LOOKAHEAD: usize = 128;
 pub(crate) fn order(
     policy: Policy,
     queue: &[RequestId],
-    sequences: &HashMap<RequestId, Sequence>,
+    sequences: &FxHashMap<RequestId, Sequence>,
     cache: &PrefixCache,
     step: u64,
 ) -> Vec<usize> {

@@ -1,7 +1,8 @@
 //! Choosing what a step computes.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 
+use rustc_hash::FxHashMap;
 use torus_cache::{PageId, PrefixCache};
 
 use crate::{
@@ -28,7 +29,7 @@ pub(crate) struct FlightRow {
 pub struct Scheduler {
     pub(crate) config: Config,
     pub(crate) cache: PrefixCache,
-    pub(crate) sequences: HashMap<RequestId, Sequence>,
+    pub(crate) sequences: FxHashMap<RequestId, Sequence>,
     pub(crate) queue: VecDeque<RequestId>,
     /// Sequences with a slot, in the order of their admission.
     pub(crate) running: Vec<RequestId>,
@@ -77,7 +78,7 @@ impl Scheduler {
         let cache = PrefixCache::new(config.pages, config.page_size, config.prefix_cache);
         Self {
             cache,
-            sequences: HashMap::new(),
+            sequences: FxHashMap::default(),
             queue: VecDeque::new(),
             running: Vec::new(),
             free_slots: (0..config.max_running as u32).rev().collect(),

@@ -26,21 +26,38 @@ const PROMPT: usize = 32;
 pub struct Streams {
     clients: usize,
     tokens: usize,
+    events: usize,
     served: f64,
     bare: f64,
 }
 
 pub async fn measure(clients: usize, tokens: usize) -> anyhow::Result<Streams> {
-    let (elapsed, bytes) = serve(clients, tokens).await?;
-    let events = (clients * tokens) as f64;
-    let event = vec![b'x'; (bytes as f64 / events) as usize];
-    let bare = write_bare(clients, tokens, &event).await?;
-    Ok(Streams { clients, tokens, served: events / elapsed.as_secs_f64(), bare: events / bare.as_secs_f64() })
+    let (elapsed, read) = serve(clients, tokens).await?;
+    // Tokens that arrive together share an event.
+    let (bytes, events) = (read.bytes.load(Ordering::Relaxed), read.events.load(Ordering::Relaxed).max(1));
+    let event = vec![b'x'; (bytes / events) as usize];
+    let rounds = (events as usize).div_ceil(clients);
+    let bare = write_bare(clients, rounds, &event).await?;
+    Ok(Streams {
+        clients,
+        tokens,
+        events: events as usize,
+        served: events as f64 / elapsed.as_secs_f64(),
+        bare: (rounds * clients) as f64 / bare.as_secs_f64(),
+    })
 }
 
-/// Streams from an engine on the null device through the HTTP server. Gives the time, and the bytes of all bodies.
-async fn serve(clients: usize, tokens: usize) -> anyhow::Result<(Duration, u64)> {
-    let engine = engine(clients, PROMPT + tokens + 1)?;
+/// What came over all sockets.
+#[derive(Default)]
+struct Read {
+    bytes: AtomicU64,
+    events: AtomicU64,
+}
+
+/// Streams from an engine on the null device through the HTTP server. Gives the time, and what was read.
+async fn serve(clients: usize, tokens: usize) -> anyhow::Result<(Duration, Arc<Read>)> {
+    // A token a millisecond for each client: more than can be written one by one.
+    let engine = engine(clients, PROMPT + tokens + 1, clients + 1)?;
     crate::serve::wait_until_ready(&*engine).await.map_err(anyhow::Error::msg)?;
     let model = ServedModel {
         names: vec!["null".to_owned()],
@@ -67,7 +84,7 @@ async fn serve(clients: usize, tokens: usize) -> anyhow::Result<(Duration, u64)>
     for _ in 0..clients {
         sockets.push(TcpStream::connect(address).await?);
     }
-    let total = Arc::new(AtomicU64::new(0));
+    let total = Arc::new(Read::default());
     let started = Instant::now();
     let mut readers = JoinSet::new();
     for (client, socket) in sockets.into_iter().enumerate() {
@@ -79,11 +96,11 @@ async fn serve(clients: usize, tokens: usize) -> anyhow::Result<(Duration, u64)>
     let elapsed = started.elapsed();
     drop(stop);
     serving.await?;
-    Ok((elapsed, total.load(Ordering::Relaxed)))
+    Ok((elapsed, total))
 }
 
 /// Sends a request and reads its stream to the end.
-async fn read_stream(mut socket: TcpStream, client: usize, tokens: usize, total: Arc<AtomicU64>) -> anyhow::Result<()> {
+async fn read_stream(mut socket: TcpStream, client: usize, tokens: usize, total: Arc<Read>) -> anyhow::Result<()> {
     let ids: Vec<_> = (0..PROMPT).map(|at| 16 + (client * 37 + at * 11) % 200).collect();
     let body = json!({"input_ids": ids, "stream": true,
         "sampling_params": {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": true}});
@@ -104,12 +121,15 @@ async fn read_stream(mut socket: TcpStream, client: usize, tokens: usize, total:
         if std::mem::take(&mut first) {
             anyhow::ensure!(buffer.starts_with(b"HTTP/1.1 200"), "the server refused a stream");
         }
-        total.fetch_add(read as u64, Ordering::Relaxed);
+        // An event ends with an empty line, and nothing else in a body has two line feeds in a row.
+        let ends = buffer[..read].windows(2).filter(|pair| pair == b"\n\n").count();
+        total.bytes.fetch_add(read as u64, Ordering::Relaxed);
+        total.events.fetch_add(ends as u64, Ordering::Relaxed);
     }
 }
 
 /// Writes an event to every socket in turn, token after token, as a server would that has nothing else to do.
-async fn write_bare(clients: usize, tokens: usize, event: &[u8]) -> anyhow::Result<Duration> {
+async fn write_bare(clients: usize, rounds: usize, event: &[u8]) -> anyhow::Result<Duration> {
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let address = listener.local_addr()?;
     let mut readers = JoinSet::new();
@@ -126,7 +146,7 @@ async fn write_bare(clients: usize, tokens: usize, event: &[u8]) -> anyhow::Resu
         });
     }
     let started = Instant::now();
-    for _ in 0..tokens {
+    for _ in 0..rounds {
         for socket in &mut sockets {
             socket.write_all(event).await?;
         }
@@ -172,9 +192,11 @@ fn tokenizer() -> anyhow::Result<Tokenizer> {
 impl Streams {
     pub fn print(&self) {
         println!(
-            "streams to {} HTTP clients of {} tokens: {:.0} events/s; a bare loop over as many sockets writes {:.0}: {:.0}% of it",
+            "streams to {} HTTP clients of {} tokens, {} events: {:.0} events/s; a bare loop over as many sockets writes {:.0}: \
+             {:.0}% of it",
             self.clients,
             self.tokens,
+            self.events,
             self.served,
             self.bare,
             self.served / self.bare * 100.0
@@ -182,7 +204,7 @@ impl Streams {
     }
 
     pub fn json(&self) -> Value {
-        json!({"clients": self.clients, "tokens": self.tokens, "events_per_s": self.served,
+        json!({"clients": self.clients, "tokens": self.tokens, "events": self.events, "events_per_s": self.served,
             "bare_events_per_s": self.bare, "share": self.served / self.bare})
     }
 }
