@@ -43,7 +43,9 @@ impl Client {
         if !base_url.starts_with("http://") {
             bail!("--base-url {base_url}: must start with 'http://'; put a proxy in between for TLS");
         }
-        let http = reqwest::Client::builder().no_proxy().build()?;
+        // Some servers close a connection after an answer without saying so, and a request that is sent on it is lost: each
+        // request has a connection of its own.
+        let http = reqwest::Client::builder().no_proxy().pool_max_idle_per_host(0).build()?;
         Ok(Self { http, base_url: base_url.trim_end_matches('/').to_owned(), api_key })
     }
 
