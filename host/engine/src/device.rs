@@ -104,6 +104,9 @@ struct Mutable {
     allowed: Buffer,
 }
 
+/// Arrays beside the pools.
+const ROW_ARRAYS: usize = 5;
+
 /// The state was lost in a failed execution and not yet made anew.
 fn lost() -> PjrtError {
     PjrtError::Invalid("the device's state was lost in a failed step".into())
@@ -132,9 +135,13 @@ impl DeviceState {
         self.mutable = None;
         let Execution { mut outputs, done } = self.loaders.initial_state.execute(&[])?;
         done.wait()?;
-        let rest = outputs.split_off(self.arguments.pools.len());
+        let rest = outputs.split_off(outputs.len().saturating_sub(ROW_ARRAYS));
+        if outputs.is_empty() {
+            // The program leaves the pools out where they share the host's memory.
+            outputs = self.arguments.pools.iter().map(|pool| self.target.zeros(pool)).collect::<Result<_, _>>()?;
+        }
         let [last_tokens, page_table, token_counts, bias, allowed] =
-            <[Buffer; 5]>::try_from(rest).map_err(|_| PjrtError::Invalid("the initial state is incomplete".into()))?;
+            <[Buffer; ROW_ARRAYS]>::try_from(rest).map_err(|_| PjrtError::Invalid("the initial state is incomplete".into()))?;
         self.mutable = Some(Mutable { pools: outputs, last_tokens, page_table, token_counts, bias, allowed });
         Ok(())
     }

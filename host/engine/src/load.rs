@@ -418,7 +418,7 @@ fn compile(
         Ok(compiler.compile(name, &text?)?)
     };
     let loaders = Loaders {
-        initial_state: loader("the initial state", initial_state(&arguments))?,
+        initial_state: loader("the initial state", initial_state(&arguments, !assembler.runs_kernels))?,
         load_counts: loader("the token counts of a slot", load_row(&arguments.rows.token_counts))?,
         load_bias: loader("the biases of a slot", load_row(&arguments.rows.bias))?,
         load_pages: loader("the page table", load_pages(&arguments.rows.page_table))?,

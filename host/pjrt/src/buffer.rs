@@ -62,7 +62,39 @@ impl Client {
     where
         T: AsRef<[u8]> + Send + 'static,
     {
-        let semantics = pjrt_sys::PJRT_HostBufferSemantics_PJRT_HostBufferSemantics_kImmutableZeroCopy;
+        self.give(data, element_type, dims, device, false)
+    }
+
+    /// As [`Client::buffer_from_owned`], of memory that programs may write to: one that the buffer is donated to updates it
+    /// in place.
+    pub fn buffer_from_owned_mut<T>(
+        &self,
+        data: T,
+        element_type: ElementType,
+        dims: &[i64],
+        device: &Device,
+    ) -> Result<Buffer>
+    where
+        T: AsMut<[u8]> + AsRef<[u8]> + Send + 'static,
+    {
+        self.give(data, element_type, dims, device, true)
+    }
+
+    fn give<T>(
+        &self,
+        data: T,
+        element_type: ElementType,
+        dims: &[i64],
+        device: &Device,
+        mutable: bool,
+    ) -> Result<Buffer>
+    where
+        T: AsRef<[u8]> + Send + 'static,
+    {
+        let semantics = match mutable {
+            true => pjrt_sys::PJRT_HostBufferSemantics_PJRT_HostBufferSemantics_kMutableZeroCopy,
+            false => pjrt_sys::PJRT_HostBufferSemantics_PJRT_HostBufferSemantics_kImmutableZeroCopy,
+        };
         let owner = Owner::new(data);
         // SAFETY: the owner is dropped only after the plugin says that it is done with the bytes.
         let (buffer, done) = unsafe { self.transfer(owner.bytes(), element_type, dims, device, semantics) }?;

@@ -109,6 +109,16 @@ impl Target {
         self.client.buffer_from_owned(Owned(bytes), element(tensor.dtype), &dims, &self.device)
     }
 
+    /// Zeros in memory that programs update in place. On a device that shares the host's memory, the system clears a page
+    /// when it is first touched, and what is never used takes none.
+    pub fn zeros(&self, tensor: &TensorType) -> Result<Buffer, PjrtError> {
+        let bytes = tensor.bytes().unwrap_or(u64::MAX) as usize;
+        let memory = torus_weights::AlignedBytes::zeroed(bytes)
+            .map_err(|error| PjrtError::Invalid(format!("{bytes} bytes cannot be had: {error}")))?;
+        let dims: Vec<i64> = tensor.dims.iter().map(|dim| *dim as i64).collect();
+        self.client.buffer_from_owned_mut(Owned(memory), element(tensor.dtype), &dims, &self.device)
+    }
+
     pub fn upload_words(&self, words: &[i32], dtype: DType, dims: &[u64]) -> Result<Buffer, PjrtError> {
         let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
         self.upload(&bytes, &TensorType::new(dtype, dims))
@@ -117,6 +127,12 @@ impl Target {
 
 /// Memory of `torus-weights` that a device keeps.
 struct Owned(torus_weights::AlignedBytes);
+
+impl AsMut<[u8]> for Owned {
+    fn as_mut(&mut self) -> &mut [u8] {
+        &mut self.0
+    }
+}
 
 impl AsRef<[u8]> for Owned {
     fn as_ref(&self) -> &[u8] {

@@ -15,13 +15,13 @@ pub(crate) const LOAD_ENTRIES: usize = 512;
 
 const ENTRIES: Axis = Axis("entries");
 
-/// `() -> (pools…, last_tokens, page_table, token_counts, bias, allowed)`: all zero, and everything allowed.
-pub(crate) fn initial_state(arguments: &Arguments) -> Result<String, AssembleError> {
-    let rows = &arguments.rows;
+/// `() -> (pools…?, last_tokens, page_table, token_counts, bias, allowed)`: all zero, and everything allowed.
+pub(crate) fn initial_state(arguments: &Arguments, with_pools: bool) -> Result<String, AssembleError> {
+    let (rows, pools) = (&arguments.rows, if with_pools { &arguments.pools[..] } else { &[] });
     let zeroed = [&rows.last_tokens, &rows.page_table, &rows.token_counts, &rows.bias];
     module("initial_state", |builder| {
         builder.main(|f| {
-            let tensors = arguments.pools.iter().chain(zeroed);
+            let tensors = pools.iter().chain(zeroed);
             let mut results: Vec<Value<'_>> = tensors.map(|tensor| f.zeros(Shape::opaque(tensor))).collect();
             results.push(f.full(Shape::opaque(&rows.allowed), u32::MAX));
             results
