@@ -20,7 +20,13 @@ fn stock_plugins_load_from_shared_libraries_and_answer() {
     let folder = tempfile::tempdir().unwrap();
     let cache = LibraryCache::new(folder.path());
     let mut registry = Registry::default();
-    for name in ["torus_model_llama", "torus_model_qwen", "torus_model_gemma", "torus_attention_native", "torus_attention_flash"] {
+    for name in [
+        "torus_model_llama",
+        "torus_model_qwen",
+        "torus_model_gemma",
+        "torus_attention_native",
+        "torus_attention_flash",
+    ] {
         registry.load(&library(name), &cache).unwrap();
     }
     // The same file twice is one plugin.

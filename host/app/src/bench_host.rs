@@ -94,8 +94,10 @@ impl Case {
         engine.start_profile(trace_dir.and_then(Path::to_str))?;
         let streams = (0..self.running).map(|index| engine.submit(self.request(index)));
         let streams = streams.collect::<Result<Vec<_>, _>>()?;
-        let drained: FuturesUnordered<_> =
-            streams.into_iter().map(|mut stream| tokio::spawn(async move { while stream.next().await.is_some() {} })).collect();
+        let drained: FuturesUnordered<_> = streams
+            .into_iter()
+            .map(|mut stream| tokio::spawn(async move { while stream.next().await.is_some() {} }))
+            .collect();
         drained.for_each(|_| async {}).await;
         let path = engine.stop_profile()?;
         let trace: Value = serde_json::from_slice(&fs::read(&path)?)?;
@@ -107,7 +109,9 @@ impl Case {
 
     fn request(&self, index: usize) -> GenerateRequest {
         let own = |position: usize| ((index * 7919 + position * 31) % (VOCAB - 16)) as u32 + 16;
-        let common = |position: usize| if self.shared && position < self.prompt * 7 / 8 { 16 + position as u32 % 999 } else { own(position) };
+        let common = |position: usize| {
+            if self.shared && position < self.prompt * 7 / 8 { 16 + position as u32 % 999 } else { own(position) }
+        };
         GenerateRequest {
             id: format!("host-{index}"),
             prompt: (0..self.prompt).map(common).collect(),
@@ -171,7 +175,11 @@ impl Measured {
         );
         if profile {
             for (name, times) in &self.parts {
-                println!("  {name:<10} p50 {:>8.1} us  p99 {:>8.1} us", quantile(times, 0.5) * 1e6, quantile(times, 0.99) * 1e6);
+                println!(
+                    "  {name:<10} p50 {:>8.1} us  p99 {:>8.1} us",
+                    quantile(times, 0.5) * 1e6,
+                    quantile(times, 0.99) * 1e6
+                );
             }
         }
     }

@@ -1,13 +1,7 @@
 //! `torus bench step`: the steps of an engine in this process, beside a plain sum over as many bytes as a step reads of
 //! weights. Both are timed in turns, because the memory of a machine with neighbours is fast now and slow then.
 
-use std::{
-    collections::BTreeMap,
-    fs,
-    path::Path,
-    process::ExitCode,
-    sync::Arc,
-};
+use std::{collections::BTreeMap, fs, path::Path, process::ExitCode, sync::Arc};
 
 use anyhow::{Context, ensure};
 use futures::StreamExt;
@@ -97,9 +91,8 @@ async fn measure(
     let mut path = String::new();
     let bar = ProgressBar::new(args.rounds as u64);
     for round in 0..=args.rounds {
-        let prompts = (0..batch_size).map(|_| {
-            (0..args.context).map(|_| random.random_range(0..info.vocab_size as u32)).collect::<Vec<_>>()
-        });
+        let prompts = (0..batch_size)
+            .map(|_| (0..args.context).map(|_| random.random_range(0..info.vocab_size as u32)).collect::<Vec<_>>());
         let prompts: Vec<_> = prompts.collect();
         engine.start_profile(args.trace_dir.as_deref().and_then(Path::to_str))?;
         decode(engine, prompts, args.steps).await?;
@@ -173,7 +166,9 @@ impl Trace {
         let mut decoding: Vec<(f64, f64)> = Vec::new();
         let mut before: Option<f64> = None;
         for event in events.iter().filter(|event| event["name"] == "step") {
-            let (Some((begin, duration)), Some(tokens)) = (span(event), event["args"]["tokens"].as_u64()) else { continue };
+            let (Some((begin, duration)), Some(tokens)) = (span(event), event["args"]["tokens"].as_u64()) else {
+                continue;
+            };
             let end = begin + duration;
             let begin = before.replace(end).map_or(begin, |before| before.max(begin));
             if tokens == batch_size && tokens > 0 {
@@ -284,9 +279,7 @@ mod tests {
 
     #[test]
     fn steps_are_told_apart_and_kernels_fall_into_theirs() {
-        let event = |name: &str, cat: &str, ts: f64, dur: f64, tokens: u64| {
-            json!({"name": name, "cat": cat, "ph": "X", "ts": ts, "dur": dur, "args": {"tokens": tokens}})
-        };
+        let event = |name: &str, cat: &str, ts: f64, dur: f64, tokens: u64| json!({"name": name, "cat": cat, "ph": "X", "ts": ts, "dur": dur, "args": {"tokens": tokens}});
         let events = [
             event("step", "engine", 0.0, 100.0, 128),
             event("linear", "kernel", 10.0, 50.0, 0),

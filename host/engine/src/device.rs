@@ -140,8 +140,8 @@ impl DeviceState {
             // The program leaves the pools out where they share the host's memory.
             outputs = self.arguments.pools.iter().map(|pool| self.target.zeros(pool)).collect::<Result<_, _>>()?;
         }
-        let [last_tokens, page_table, token_counts, bias, allowed] =
-            <[Buffer; ROW_ARRAYS]>::try_from(rest).map_err(|_| PjrtError::Invalid("the initial state is incomplete".into()))?;
+        let [last_tokens, page_table, token_counts, bias, allowed] = <[Buffer; ROW_ARRAYS]>::try_from(rest)
+            .map_err(|_| PjrtError::Invalid("the initial state is incomplete".into()))?;
         self.mutable = Some(Mutable { pools: outputs, last_tokens, page_table, token_counts, bias, allowed });
         Ok(())
     }

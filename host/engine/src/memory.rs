@@ -34,10 +34,7 @@ fn config_error(field: &'static str, message: String) -> StartError {
 }
 
 /// Everything but the pool.
-pub(crate) fn plan(
-    config: &EngineConfig,
-    description: &ModelDescription,
-) -> Result<Plan, StartError> {
+pub(crate) fn plan(config: &EngineConfig, description: &ModelDescription) -> Result<Plan, StartError> {
     let on_cpu = config.device.platform() == Platform::Cpu;
     let page_size = config.memory.page_size.unwrap_or(if on_cpu { 16 } else { 128 });
     if !(1..=4096).contains(&page_size) {
@@ -66,12 +63,7 @@ pub(crate) fn plan(
 
 impl Plan {
     /// Sizes the pool, and limits what depends on it.
-    pub fn with_pages(
-        mut self,
-        config: &EngineConfig,
-        page_bytes: u64,
-        weight_bytes: u64,
-    ) -> Result<Self, StartError> {
+    pub fn with_pages(mut self, config: &EngineConfig, page_bytes: u64, weight_bytes: u64) -> Result<Self, StartError> {
         let wanted = config.memory.max_total_tokens.map(|tokens| (tokens as u64).div_ceil(self.page_size));
         let possible = kv_bytes(config, weight_bytes) / page_bytes.max(1);
         // A tiny model would else fill the memory with a cache it never needs.
@@ -149,14 +141,7 @@ mod tests {
     use super::*;
 
     fn plan(token_budget: usize) -> Plan {
-        Plan {
-            page_size: 16,
-            pages: 101,
-            max_running: 8,
-            token_budget,
-            context_length: 100,
-            pages_per_slot: 7,
-        }
+        Plan { page_size: 16, pages: 101, max_running: 8, token_budget, context_length: 100, pages_per_slot: 7 }
     }
 
     #[test]

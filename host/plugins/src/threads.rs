@@ -161,7 +161,8 @@ impl Pool {
                 let gate = self.gate.0.load(Ordering::Relaxed);
                 let job = gate & !(JOB - 1);
                 if gate & OPEN != 0 && job != last {
-                    let inside = self.gate.0.compare_exchange(gate, gate + INSIDE, Ordering::Acquire, Ordering::Relaxed);
+                    let inside =
+                        self.gate.0.compare_exchange(gate, gate + INSIDE, Ordering::Acquire, Ordering::Relaxed);
                     if inside.is_ok() {
                         return job;
                     }
@@ -214,7 +215,10 @@ fn serve(cpu: Option<usize>) {
 /// The CPUs that this process may use.
 fn allowed_cpus() -> Vec<usize> {
     let allowed = rustix::thread::sched_getaffinity(None);
-    allowed.map_or_else(|_| Vec::new(), |set| (0..rustix::thread::CpuSet::MAX_CPU).filter(|cpu| set.is_set(*cpu)).collect())
+    allowed.map_or_else(
+        |_| Vec::new(),
+        |set| (0..rustix::thread::CpuSet::MAX_CPU).filter(|cpu| set.is_set(*cpu)).collect(),
+    )
 }
 
 fn pin(cpu: usize) {

@@ -19,8 +19,9 @@ use torus_abi::{
 pub use profile::{KernelTime, start_profile, stop_profile};
 
 use crate::{
+    Epilogue,
     activations::Element,
-    Epilogue, linear as apply_linear,
+    linear as apply_linear,
     packed::{ALIGNMENT, PackedMatrix, embed as apply_embed},
 };
 
@@ -28,8 +29,7 @@ use crate::{
 const NAMESPACE: &str = "torus-cpu-2";
 
 /// Activations by the number that `gated_mlp` takes.
-pub const ACTIVATIONS: [Activation; 4] =
-    [Activation::Silu, Activation::GeluTanh, Activation::Gelu, Activation::Relu];
+pub const ACTIVATIONS: [Activation; 4] = [Activation::Silu, Activation::GeluTanh, Activation::Gelu, Activation::Relu];
 
 /// The kernels' targets and handlers, to be registered with the device before a program is compiled or loaded.
 pub fn handlers() -> impl Iterator<Item = (String, Handler)> {

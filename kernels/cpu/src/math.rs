@@ -140,7 +140,10 @@ mod tests {
                 for (x, found) in values.iter().zip(&found) {
                     let expected = exact(activation, f64::from(*x));
                     let error = (f64::from(*found) - expected).abs();
-                    assert!(error < 2e-6 * (1.0 + expected.abs()), "{level} {activation:?}({x}) = {found}, not {expected}");
+                    assert!(
+                        error < 2e-6 * (1.0 + expected.abs()),
+                        "{level} {activation:?}({x}) = {found}, not {expected}"
+                    );
                 }
             }
         }

@@ -123,13 +123,11 @@ fn attention<'f>(f: &'f Func<'f>, request: &EmitAttention) -> Vec<(Operand, Valu
         f.input(meaning, Shape::opaque(&TensorType::new(*dtype, [shape.tokens, heads, spec.head_dim])))
     };
     let query = rows(Operand::Query, spec.q_heads);
-    let mut operands =
-        vec![query, rows(Operand::Key, spec.kv_heads), rows(Operand::Value, spec.kv_heads)];
+    let mut operands = vec![query, rows(Operand::Key, spec.kv_heads), rows(Operand::Value, spec.kv_heads)];
     let first_part = operands.len();
     let parts = pool(&request.query);
-    let pool = parts.iter().enumerate().map(|(part, tensor)| {
-        f.input(Operand::Pool { layer: 0, part }, Shape::opaque(tensor))
-    });
+    let pool =
+        parts.iter().enumerate().map(|(part, tensor)| f.input(Operand::Pool { layer: 0, part }, Shape::opaque(tensor)));
     operands.extend(pool);
     operands.extend(INPUTS.iter().enumerate().map(|(part, input)| {
         let meaning = Operand::Context { kind: request.kind, part };

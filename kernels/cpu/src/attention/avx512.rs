@@ -51,7 +51,17 @@ macro_rules! float {
         ) {
             const UNROLL: usize = 8;
             // Accumulators of a row: together at least as many as hide the latency.
-            let chains = const { if M == 1 { 8 } else if M < 4 { 4 } else if M < 7 { 2 } else { 1 } };
+            let chains = const {
+                if M == 1 {
+                    8
+                } else if M < 4 {
+                    4
+                } else if M < 7 {
+                    2
+                } else {
+                    1
+                }
+            };
             let mut sums = [[_mm512_setzero_ps(); UNROLL]; M];
             let whole = steps / UNROLL * UNROLL;
             let mut step = 0;
@@ -124,15 +134,18 @@ macro_rules! float {
 }
 
 float!(
-    bf16_stream, bf16_pair, i32, 64,
+    bf16_stream,
+    bf16_pair,
+    i32,
+    64,
     |weights| _mm512_loadu_si512(weights.cast()),
     |sum, w, value| _mm512_dpbf16_ps(sum, pairs(w), pairs(_mm512_set1_epi32(value)))
 );
-float!(
-    f32_stream, f32_pair, f32, 64,
-    |weights| _mm512_loadu_ps(weights.cast()),
-    |sum, w, value| _mm512_fmadd_ps(w, _mm512_set1_ps(value), sum)
-);
+float!(f32_stream, f32_pair, f32, 64, |weights| _mm512_loadu_ps(weights.cast()), |sum, w, value| _mm512_fmadd_ps(
+    w,
+    _mm512_set1_ps(value),
+    sum
+));
 
 #[inline(always)]
 fn pairs(bits: __m512i) -> __m512bh {

@@ -210,42 +210,42 @@ pub(crate) fn write<X: Element, K: KvElement>(
     let (shape, head_dim) = (PoolShape::new(params), params.head_dim);
     let (groups, scales) = (Shared::new(pool), Shared::new(scales));
     parallel_for(params.kv_heads, |kv_head| {
-            let (level, mut values, mut encoded) = (level(), Buffer::<f32>::take(head_dim), Buffer::<K>::take(head_dim));
-            for (token, slot) in step.kv_slot[..step.tokens()].iter().enumerate() {
-                let slot = *slot as usize;
-                let (page, offset) = (slot / params.page_size, slot % params.page_size);
-                let (group, t) = (shape.group(page, kv_head, offset / GROUP), offset % GROUP);
-                let start = group * shape.group_elements();
-                // SAFETY: the groups of a head are this thread's alone.
-                let elements = unsafe { groups.part(start..start + shape.group_elements()) };
-                if t == 0 {
-                    elements.fill(K::zero());
-                }
-                let (keys, held) = elements.split_at_mut(GROUP * head_dim);
-                let scaled = |part: usize, values: &mut [f32]| {
-                    if K::SCALED {
-                        let largest = values.iter().fold(0f32, |most, value| most.max(value.abs()));
-                        let at = (group * 2 + part) * GROUP + t;
-                        // SAFETY: as above.
-                        let scale = unsafe { scales.part(at..at + 1) };
-                        scale[0] = largest / LARGEST;
-                        let inverse = if largest > 0.0 { LARGEST / largest } else { 0.0 };
-                        values.iter_mut().for_each(|value| *value *= inverse);
-                    }
-                };
-                let pairs = K::Compute::PAIRS;
-                X::load(level, inputs.k.head(token, kv_head, head_dim), &mut values);
-                scaled(0, &mut values);
-                K::encode(level, &values, &mut encoded);
-                for (d, value) in encoded.iter().enumerate() {
-                    keys[key_at(pairs, t, d)] = *value;
-                }
-                X::load(level, inputs.v.head(token, kv_head, head_dim), &mut values);
-                scaled(1, &mut values);
-                K::encode(level, &values, &mut encoded);
-                for (d, value) in encoded.iter().enumerate() {
-                    held[value_at(pairs, t, d)] = *value;
-                }
+        let (level, mut values, mut encoded) = (level(), Buffer::<f32>::take(head_dim), Buffer::<K>::take(head_dim));
+        for (token, slot) in step.kv_slot[..step.tokens()].iter().enumerate() {
+            let slot = *slot as usize;
+            let (page, offset) = (slot / params.page_size, slot % params.page_size);
+            let (group, t) = (shape.group(page, kv_head, offset / GROUP), offset % GROUP);
+            let start = group * shape.group_elements();
+            // SAFETY: the groups of a head are this thread's alone.
+            let elements = unsafe { groups.part(start..start + shape.group_elements()) };
+            if t == 0 {
+                elements.fill(K::zero());
             }
+            let (keys, held) = elements.split_at_mut(GROUP * head_dim);
+            let scaled = |part: usize, values: &mut [f32]| {
+                if K::SCALED {
+                    let largest = values.iter().fold(0f32, |most, value| most.max(value.abs()));
+                    let at = (group * 2 + part) * GROUP + t;
+                    // SAFETY: as above.
+                    let scale = unsafe { scales.part(at..at + 1) };
+                    scale[0] = largest / LARGEST;
+                    let inverse = if largest > 0.0 { LARGEST / largest } else { 0.0 };
+                    values.iter_mut().for_each(|value| *value *= inverse);
+                }
+            };
+            let pairs = K::Compute::PAIRS;
+            X::load(level, inputs.k.head(token, kv_head, head_dim), &mut values);
+            scaled(0, &mut values);
+            K::encode(level, &values, &mut encoded);
+            for (d, value) in encoded.iter().enumerate() {
+                keys[key_at(pairs, t, d)] = *value;
+            }
+            X::load(level, inputs.v.head(token, kv_head, head_dim), &mut values);
+            scaled(1, &mut values);
+            K::encode(level, &values, &mut encoded);
+            for (d, value) in encoded.iter().enumerate() {
+                held[value_at(pairs, t, d)] = *value;
+            }
+        }
     });
 }

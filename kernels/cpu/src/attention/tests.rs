@@ -210,7 +210,14 @@ fn all_levels_compute_the_same_products() {
         let mut values = |len: usize| -> Vec<f32> { (0..len).map(|_| random.random_range(-1f32..1.0)).collect() };
         let (q, weights, sums) = (values(rows * head_dim), values(rows * BLOCK_TOKENS), values(rows * head_dim));
         let cached: Vec<_> = (0..groups).map(|_| values(32 * head_dim)).collect();
-        fn run<C: pages::Compute>(q: &[f32], weights: &[f32], sums: &[f32], cached: &[Vec<f32>], rows: usize, head_dim: usize) {
+        fn run<C: pages::Compute>(
+            q: &[f32],
+            weights: &[f32],
+            sums: &[f32],
+            cached: &[Vec<f32>],
+            rows: usize,
+            head_dim: usize,
+        ) {
             let convert = |values: &[f32]| values.iter().map(|value| C::from_f32(*value)).collect::<Vec<C>>();
             let (q, weights) = (convert(q), convert(weights));
             let cached: Vec<_> = cached.iter().map(|group| convert(group)).collect();

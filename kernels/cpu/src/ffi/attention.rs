@@ -125,7 +125,8 @@ impl<X: Activations, K: Cached> Kernel for Attention<X, K> {
                 v: Rows { data: X::own(&v), stride },
             };
             let scales = scales.as_deref_mut().unwrap_or_default();
-            attention(&params, &step, &inputs, K::own_mut(&mut pool), scales, X::own_mut(&mut out)).map_err(Fault::invalid)
+            attention(&params, &step, &inputs, K::own_mut(&mut pool), scales, X::own_mut(&mut out))
+                .map_err(Fault::invalid)
         })
     }
 }
