@@ -3,6 +3,7 @@
 #   make build    target/release/torus
 #   make serve    builds, and serves SmolLM2-135M-Instruct on 127.0.0.1:30000 (ARGS="--port 8000 …" for more options)
 #   make test     all tests
+#   make sanitize the CPU kernels' tests under the address sanitizer
 #   make lint     formatting and clippy
 #   make bench    a short bench of the small model against the memory bandwidth of this machine
 #   make setup    only what the tests need besides Rust
@@ -17,7 +18,7 @@ model := $(cache)/models/SmolLM2-135M-Instruct.Q4_1.gguf
 torus := target/release/torus
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build examples serve test lint bench clean
+.PHONY: help setup build examples serve test sanitize lint bench clean
 
 help:
 	@sed -n 's/^#   \(make\)/  \1/p' Makefile
@@ -43,6 +44,12 @@ test: setup examples
 	  cargo test --release --locked --target-dir target/plugins --manifest-path $$manifest || exit 1; \
 	done
 	cargo test --release --locked --workspace
+	for level in portable avx2; do TORUS_CPU_LEVEL=$$level cargo test --release --locked --package torus-cpu || exit 1; done
+
+# Rust's sanitizers are not stable yet; the compiler has them all the same.
+sanitize:
+	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address \
+	  cargo test --locked --package torus-cpu --target-dir target/sanitize --target $$(rustc -vV | sed -n 's/host: //p') --lib
 
 lint:
 	cargo fmt --all --check

@@ -30,6 +30,7 @@ fn config(case: &str) -> PathBuf {
 fn stock_and_example_plugins_conform_on_a_cpu() {
     for (library, case, passed_min) in [
         (stock_library("torus_attention_native"), None, 35),
+        (stock_library("torus_attention_flash"), None, 30),
         (example_library("native_loop"), None, 18),
         (example_library("prompt_lookup"), None, 8),
         (stock_library("torus_model_llama"), Some("llama/odd-sizes"), 18),

@@ -5,6 +5,7 @@ mod abi;
 mod architecture;
 mod authoring;
 mod check;
+mod cpu;
 mod engine;
 mod families;
 mod faults;

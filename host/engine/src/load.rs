@@ -3,7 +3,7 @@
 use std::{fs, io, path::PathBuf, sync::Arc};
 
 use torus_abi::{
-    DType,
+    DType, TensorType,
     attention::{AttentionQuery, Target as AttentionTarget},
     model::{GgufAnswer, ModelDescription, ModelOptions, Parallel, StateKind, WeightRole, WeightSpec},
     step::StepShape,
@@ -22,7 +22,7 @@ use crate::{
     handle::{Shared, lock},
     kernels::{register_host_kernels, register_kernels},
     memory,
-    program::{AssembleError, Assembler, Rows, StepLayout, WeightMap, initial_state, load_pages, load_row},
+    program::{Arguments, AssembleError, Assembler, Rows, StepLayout, WeightMap, initial_state, load_pages, load_row},
     sink::DeviceSink,
 };
 
@@ -385,6 +385,7 @@ fn compile(
     let total = wanted.len();
     shared.set_readiness(Readiness::Compiling { done: 0, total });
     let bar = config.progress.then(|| progress_bar(total));
+    let arguments = assembler.arguments(plan.shape(1, 1))?;
     // The largest take longest: they go first, so that the last ones to finish are short.
     let order: Vec<_> = wanted.iter().rev().copied().collect();
     let make = |(tokens, rows): &(usize, Rows)| -> Result<Bucket, StartError> {
@@ -398,6 +399,7 @@ fn compile(
             assembler.attention.plugin()
         );
         let executable = compiler.compile(&name, &program.text)?;
+        check_in_place(&name, &executable, &arguments)?;
         Ok(Bucket { layout: program.layout, executable: Some(Arc::new(executable)) })
     };
     let done = |done| {
@@ -413,7 +415,6 @@ fn compile(
         bar.finish_and_clear();
     }
     let prompt_logprobs = buckets.pop().ok_or_else(|| invalid("chunked_prefill_size", "there are no buckets"))?;
-    let arguments = assembler.arguments(plan.shape(1, 1))?;
     let loader = |name: &str, text: Result<String, AssembleError>| -> Result<_, StartError> {
         Ok(compiler.compile(name, &text?)?)
     };
@@ -424,6 +425,22 @@ fn compile(
         load_pages: loader("the page table", load_pages(&arguments.rows.page_table))?,
     };
     Ok(Programs { loaders, buckets, prompt_logprobs })
+}
+
+/// Fails if a program would copy pages, or a whole weight, in each step: it updates the donated pools where they are, and its
+/// temporaries are smaller than they.
+fn check_in_place(name: &str, program: &LoadedExecutable, arguments: &Arguments) -> Result<(), StartError> {
+    // Not every device plugin tells.
+    let Ok(stats) = program.memory_stats() else { return Ok(()) };
+    let bytes = |tensors: &[TensorType]| tensors.iter().filter_map(TensorType::bytes).sum::<u64>();
+    let pools = bytes(&arguments.pools);
+    let aliased = u64::try_from(stats.alias_bytes).unwrap_or(0);
+    tracing::debug!(name, aliased, temporaries = stats.temp_bytes, "memory of a step");
+    if aliased >= pools {
+        return Ok(());
+    }
+    let message = format!("{name} copies KV pages: it updates {aliased} of {pools} bytes in place");
+    Err(invalid("attention_backend", message))
 }
 
 fn progress_bar(total: usize) -> indicatif::ProgressBar {

@@ -133,7 +133,7 @@ pub struct ScheduleArgs {
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Plugins")]
 pub struct PluginArgs {
-    /// Attention plugin: 'native', 'auto' for the one that fits best, or the name of another that is loaded
+    /// Attention plugin: 'fa', 'native', 'auto' for the one that fits best, or the name of another that is loaded
     #[arg(long, value_name = "NAME", default_value = "auto")]
     pub attention_backend: String,
     /// Plugin to load, beside those in the folders of TORUS_PLUGIN_PATH and in 'plugins' beside this program; may be

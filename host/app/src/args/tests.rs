@@ -29,6 +29,8 @@ fn help_texts() {
     expect_file!["help/bench-serving.txt"].assert_eq(&help(&["bench", "serving"]));
     expect_file!["help/bench-one-batch.txt"].assert_eq(&help(&["bench", "one-batch"]));
     expect_file!["help/bench-compare.txt"].assert_eq(&help(&["bench", "compare"]));
+    expect_file!["help/bench-step.txt"].assert_eq(&help(&["bench", "step"]));
+    expect_file!["help/bench-host.txt"].assert_eq(&help(&["bench", "host"]));
     expect_file!["help/bench-interference.txt"].assert_eq(&help(&["bench", "interference"]));
 }
 
