@@ -74,6 +74,7 @@ pub fn config(model: ResolvedModel) -> EngineConfig {
             policy: torus_sched::Policy::Fcfs,
             prefix_cache: true,
             overlap: true,
+            prefill_slowdown: 2.0,
         },
         random_seed: 1,
         cache_dir: Some(fetched("models").with_file_name("compiled")),

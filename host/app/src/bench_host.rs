@@ -63,6 +63,7 @@ pub fn engine(running: usize, context: usize, full_steps: usize) -> anyhow::Resu
             policy: torus_sched::Policy::Fcfs,
             prefix_cache: true,
             overlap: true,
+            prefill_slowdown: f64::INFINITY,
         },
     };
     Ok(Arc::new(torus_engine::start_null(config)?))

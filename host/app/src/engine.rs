@@ -136,6 +136,7 @@ fn schedule(args: &ScheduleArgs) -> ScheduleConfig {
         },
         prefix_cache: !args.disable_radix_cache,
         overlap: !args.disable_overlap_schedule,
+        prefill_slowdown: args.prefill_slowdown,
     }
 }
 

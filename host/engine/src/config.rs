@@ -167,4 +167,7 @@ pub struct ScheduleConfig {
     pub prefix_cache: bool,
     /// Prepare step N+1 while step N runs.
     pub overlap: bool,
+    /// How many times as long as a step that only decodes one may take that computes prompts as well; infinite = as long as
+    /// the chunk size makes it.
+    pub prefill_slowdown: f64,
 }

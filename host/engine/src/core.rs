@@ -24,6 +24,7 @@ use crate::{
     device::Pending,
     handle::{Command, Shared, Submission, lock},
     load::Loaded,
+    pace::Pace,
     pack::{self, Packed},
     profile::Profiler,
     program::Rows,
@@ -51,6 +52,9 @@ pub(crate) struct Core {
     stats: StepStats,
     profiler: Profiler,
     watchdog: Watchdog,
+    pace: Pace,
+    /// When the last step ended.
+    last_finished: Option<Instant>,
     seed: u64,
     fail_on_token: Option<u32>,
     shutting_down: bool,
@@ -88,6 +92,8 @@ impl Core {
             shared,
             stats: StepStats::default(),
             profiler: Profiler::default(),
+            pace: Pace::new(config.schedule.prefill_slowdown),
+            last_finished: None,
             seed: config.random_seed,
             fail_on_token: config.fail_on_token,
             shutting_down: false,
@@ -340,6 +346,7 @@ impl Core {
             }
         };
         let finished = Instant::now();
+        self.note_pace(&step.batch, step.launched, finished);
         let mut endings = Vec::new();
         let mut outcomes = Vec::with_capacity(step.batch.rows.len());
         let reader = results::Reader::new(&result);
@@ -359,6 +366,16 @@ impl Core {
         }
         self.stats.finished(finished - waited_from);
         self.profiler.record("unpack", finished, Instant::now(), step.batch.tokens());
+    }
+
+    /// Learns what a step cost: it began when it was launched or when the one before ended.
+    fn note_pace(&mut self, batch: &Batch, launched: Instant, finished: Instant) {
+        let begun = self.last_finished.replace(finished).map_or(launched, |last| last.max(launched));
+        let decodes = batch.rows.iter().filter(|row| row.len == 1).count();
+        self.pace.note(decodes, batch.tokens() - decodes, finished - begun);
+        if let Some(tokens) = self.pace.prompt_tokens() {
+            self.scheduler.limit_mixed_prefill(tokens);
+        }
     }
 
     /// After a failed step: the device's state is made anew and the scheduler decides who runs next.

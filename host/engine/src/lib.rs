@@ -23,6 +23,7 @@ mod kernels;
 mod load;
 mod memory;
 mod null;
+mod pace;
 mod pack;
 mod profile;
 mod program;

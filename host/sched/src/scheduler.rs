@@ -42,6 +42,8 @@ pub struct Scheduler {
     /// Share of the tokens they may still generate for which running sequences reserve pages.
     pub(crate) reserved_share: f64,
     pub(crate) last_was_prefill: bool,
+    /// Prompt tokens of a step in which others decode, at most.
+    pub(crate) mixed_prefill_max: usize,
     pub(crate) refused: Option<crate::admit::Refused>,
     pub(crate) counters: Counters,
     /// For tests: a bug to plant.
@@ -88,6 +90,7 @@ impl Scheduler {
             step: 0,
             reserved_share: crate::admit::RESERVED_SHARE_MAX,
             last_was_prefill: false,
+            mixed_prefill_max: usize::MAX,
             refused: None,
             counters: Counters::default(),
             config,
@@ -116,6 +119,12 @@ impl Scheduler {
         Ok(())
     }
 
+    /// Limits the prompt tokens of steps in which others decode, so that these do not wait long for their next tokens. At
+    /// least a page of them is computed, or prompts would never end.
+    pub fn limit_mixed_prefill(&mut self, tokens: usize) {
+        self.mixed_prefill_max = tokens.max(self.config.page_size);
+    }
+
     /// The next step, if there is anything to compute and room for one more in flight.
     pub fn schedule(&mut self) -> Option<Batch> {
         self.end_trials();
@@ -128,6 +137,9 @@ impl Scheduler {
             Plan { rows: Vec::new(), budget: self.config.token_budget, prefill_budget: self.config.max_prefill_tokens };
         if self.config.mixed {
             self.add_decodes(&mut plan);
+            if !plan.rows.is_empty() {
+                plan.prefill_budget = plan.prefill_budget.min(self.mixed_prefill_max);
+            }
             self.add_prefills(&mut plan);
         } else if self.last_was_prefill {
             self.add_decodes(&mut plan);

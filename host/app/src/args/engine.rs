@@ -5,7 +5,8 @@ use std::{path::PathBuf, time::Duration};
 use super::{
     models::{ModelSpec, model_spec},
     values::{
-        ChunkSize, Device, Dtype, KvCacheDtype, Policy, Quantization, Switch, chunk_size, fraction, positive, seconds,
+        ChunkSize, Device, Dtype, KvCacheDtype, Policy, Quantization, Switch, chunk_size, factor, fraction, positive,
+        seconds,
     },
 };
 
@@ -107,6 +108,10 @@ pub struct ScheduleArgs {
     /// leaves only --max-prefill-tokens [default: 512 on a CPU, else 2048]
     #[arg(long, value_name = "TOKENS", allow_negative_numbers = true, value_parser = chunk_size)]
     pub chunked_prefill_size: Option<ChunkSize>,
+    /// How many times as long as a step that only decodes one may take that computes prompts beside: lower for steadier
+    /// streams, higher for earlier first tokens. 'inf' leaves only the chunk size
+    #[arg(long, value_name = "FACTOR", default_value_t = 2.0, value_parser = factor)]
+    pub prefill_slowdown: f64,
     /// Accepted and always on: a step computes prompts and running requests together
     #[arg(long)]
     pub enable_mixed_chunk: bool,

@@ -128,6 +128,12 @@ pub fn fraction(text: &str) -> Result<f64, String> {
     value.ok_or_else(|| "must be a number between 0 and 1".to_owned())
 }
 
+/// A factor above 1, or 'inf'.
+pub fn factor(text: &str) -> Result<f64, String> {
+    let value = text.parse::<f64>().ok().filter(|value| *value > 1.0);
+    value.ok_or_else(|| "must be a number above 1, or 'inf'".to_owned())
+}
+
 pub fn positive(text: &str) -> Result<usize, String> {
     let value = text.parse::<usize>().ok().filter(|value| *value > 0);
     value.ok_or_else(|| "must be a whole number above 0".to_owned())
