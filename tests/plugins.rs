@@ -32,7 +32,7 @@ fn stock_plugins_load_from_shared_libraries_and_answer() {
     // The same file twice is one plugin.
     registry.load(&library("torus_model_llama"), &cache).unwrap();
     let names: Vec<_> = registry.plugins().iter().map(|plugin| plugin.name()).collect();
-    assert_eq!(names, ["llama", "qwen", "gemma", "native"]);
+    assert_eq!(names, ["llama", "qwen", "gemma", "native", "fa"]);
     assert!(registry.plugins()[3].attention().is_some());
 
     let config = json!({
