@@ -19,12 +19,14 @@ use crate::{
 mod avx512;
 pub mod pages;
 mod portable;
+mod softmax;
 #[cfg(test)]
 mod tests;
 mod tile;
 
 pub use pages::{KvElement, PoolShape};
-use tile::{BLOCK_TOKENS, Partial, Tile};
+use softmax::Partial;
+use tile::{BLOCK_TOKENS, Tile};
 
 /// The name of the pages' and the metadata's layout. An attention plugin that answers it lets the host serve coarser
 /// imports with these kernels.

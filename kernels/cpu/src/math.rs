@@ -67,6 +67,27 @@ pub fn exp(x: f32) -> f32 {
     if x < -87.336_54 { 0.0 } else { value }
 }
 
+/// The terms of a polynomial for `2^r` with `|r| <= 1/2`, the highest power first: Taylor's series, which is within a
+/// unit in the last place there.
+pub(crate) const EXP2: [f32; 8] =
+    [1.525_273_4e-5, 1.540_353e-4, 1.333_355_8e-3, 9.618_129e-3, 5.550_411e-2, 2.402_265_1e-1, 6.931_472e-1, 1.0];
+
+/// 2 to the power of `x`, to within about 2 units in the last place; 0 below -126, infinite above 128, NaN stays.
+#[inline(always)]
+pub(crate) fn exp2(x: f32) -> f32 {
+    const ROUND: f32 = 12_582_912.0;
+    let clamped = if x > 129.0 { 129.0 } else { x };
+    let clamped = if clamped < -127.0 { -127.0 } else { clamped };
+    let shifted = clamped + ROUND;
+    let r = clamped - (shifted - ROUND);
+    let p = EXP2[1..].iter().fold(EXP2[0], |p, term| p * r + term);
+    let n = shifted.to_bits().wrapping_sub(ROUND.to_bits()) as i32;
+    let half = n >> 1;
+    let power = |n: i32| f32::from_bits(((n + 127) << 23) as u32);
+    let value = p * power(half) * power(n - half);
+    if x < -126.0 { 0.0 } else { value }
+}
+
 /// GELU by its tanh approximation (Hendrycks and Gimpel, 2016).
 #[inline(always)]
 fn gelu_tanh(x: f32) -> f32 {
@@ -109,6 +130,14 @@ mod tests {
         assert!(worst(-8700..8860, exp, f64::exp) < 2e-7);
         assert_eq!((exp(f32::NEG_INFINITY), exp(-1e30), exp(f32::INFINITY), exp(0.0)), (0.0, 0.0, f32::INFINITY, 1.0));
         assert!(exp(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn exp2_is_within_units_in_the_last_place_and_right_at_its_ends() {
+        assert!(worst(-12_600..12_800, exp2, f64::exp2) < 2e-7);
+        assert_eq!((exp2(f32::NEG_INFINITY), exp2(-1e30), exp2(f32::INFINITY)), (0.0, 0.0, f32::INFINITY));
+        assert!((-126..128).all(|n| exp2(n as f32) == 2f32.powi(n)));
+        assert!(exp2(f32::NAN).is_nan());
     }
 
     #[test]

@@ -2,8 +2,9 @@
 
 use crate::{level::Level, packed::BLOCK, workspace::Buffer};
 
-/// Integers for each block: the negative sums of all of its elements, of its first half, of its second half.
-pub(crate) const SUMS: usize = 3;
+/// What a block's elements add up to, times the offsets of weights, negative: of all of them times 128, times 8 and times
+/// 16; of the first half times 32, of the second half times 32. A product of integers begins with it.
+pub(crate) const SUMS: usize = 5;
 
 /// Rows in blocks of [`BLOCK`]: `x = scale * element`, elements from -127 to 127.
 #[derive(Default)]
@@ -15,8 +16,8 @@ pub struct QuantizedRows {
     scales: Buffer<f32>,
     /// `[rows, blocks]`, what minimums are multiplied with: the sum of the elements times the scale.
     scaled_sums: Buffer<f32>,
-    /// `[rows, blocks, SUMS]`, what offsets are multiplied with.
-    negative_sums: Buffer<i32>,
+    /// `[rows, blocks, SUMS]`
+    offset_sums: Buffer<i32>,
 }
 
 impl QuantizedRows {
@@ -27,7 +28,7 @@ impl QuantizedRows {
             elements: Buffer::take(rows * blocks * BLOCK),
             scales: Buffer::take(rows * blocks),
             scaled_sums: Buffer::take(rows * blocks),
-            negative_sums: Buffer::take(rows * blocks * SUMS),
+            offset_sums: Buffer::take(rows * blocks * SUMS),
         }
     }
 
@@ -47,8 +48,8 @@ impl QuantizedRows {
         &self.scaled_sums
     }
 
-    pub fn negative_sums(&self) -> &[i32] {
-        &self.negative_sums
+    pub fn offset_sums(&self) -> &[i32] {
+        &self.offset_sums
     }
 
     /// Quantizes whole blocks of a row, from block `block` on.
@@ -67,8 +68,9 @@ impl QuantizedRows {
                 let (scale, sums) = quantize(level, values, elements);
                 *self.scales.as_shared_ptr().add(at) = scale;
                 *self.scaled_sums.as_shared_ptr().add(at) = scale * (sums[0] + sums[1]) as f32;
-                let negative = [-(sums[0] + sums[1]), -sums[0], -sums[1]];
-                *self.negative_sums.as_shared_ptr().add(at * SUMS).cast::<[i32; SUMS]>() = negative;
+                let sum = sums[0] + sums[1];
+                let offset_sums = [-128 * sum, -8 * sum, -16 * sum, -32 * sums[0], -32 * sums[1]];
+                *self.offset_sums.as_shared_ptr().add(at * SUMS).cast::<[i32; SUMS]>() = offset_sums;
             }
         }
     }
@@ -166,8 +168,9 @@ mod tests {
                 let sum = |part: std::ops::Range<usize>| -> i32 {
                     rows.elements()[block * 32..][part].iter().map(|e| i32::from(*e)).sum()
                 };
-                let expected = [-sum(0..32), -sum(0..16), -sum(16..32)];
-                assert_eq!(rows.negative_sums()[block * SUMS..][..SUMS], expected);
+                let expected =
+                    [-128 * sum(0..32), -8 * sum(0..32), -16 * sum(0..32), -32 * sum(0..16), -32 * sum(16..32)];
+                assert_eq!(rows.offset_sums()[block * SUMS..][..SUMS], expected);
                 assert_eq!(rows.scaled_sums()[block], rows.scales()[block] * sum(0..32) as f32);
             }
             for odd in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {

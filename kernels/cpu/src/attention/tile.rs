@@ -6,8 +6,9 @@ use super::{
     Item, Params, Step, TILE_ROWS,
     pages::{Compute, GROUP, KvElement, PoolShape},
     portable,
+    softmax::{self, Partial},
 };
-use crate::{Level, activations::for_levels, math::exp, workspace::Buffer};
+use crate::{Level, workspace::Buffer};
 
 /// Tokens whose scores are computed at a time.
 pub(super) const BLOCK_TOKENS: usize = 64;
@@ -24,49 +25,6 @@ pub(super) struct Tile<'a, K> {
     group: usize,
     /// The sequence's length before this step's tokens.
     past: usize,
-}
-
-/// The running softmax of a tile's rows.
-pub(super) struct Partial {
-    /// `[rows, head_dim]`: values weighted relative to the peak.
-    pub sums: Buffer<f32>,
-    /// Largest score so far.
-    pub peaks: [f32; TILE_ROWS],
-    /// Sum of the weights.
-    pub totals: [f32; TILE_ROWS],
-}
-
-impl Partial {
-    /// Of nothing yet.
-    pub fn new(rows: usize, head_dim: usize) -> Self {
-        let sums = Buffer::zeroed(rows * head_dim);
-        Self { sums, peaks: [f32::NEG_INFINITY; TILE_ROWS], totals: [0.0; TILE_ROWS] }
-    }
-
-    /// Writes sums, peaks and totals one after the other.
-    pub fn save(&self, out: &mut [f32], head_dim: usize) {
-        let (sums, rest) = out.split_at_mut(TILE_ROWS * head_dim);
-        sums[..self.sums.len()].copy_from_slice(&self.sums);
-        rest[..TILE_ROWS].copy_from_slice(&self.peaks);
-        rest[TILE_ROWS..].copy_from_slice(&self.totals);
-    }
-
-    /// Takes a saved part in.
-    pub fn merge(&mut self, part: &[f32], rows: usize, head_dim: usize) {
-        let (sums, rest) = part.split_at(TILE_ROWS * head_dim);
-        for row in 0..rows {
-            let (peak, total) = (rest[row], rest[TILE_ROWS + row]);
-            if peak == f32::NEG_INFINITY {
-                continue;
-            }
-            let highest = self.peaks[row].max(peak);
-            let (own, other) = (exp(self.peaks[row] - highest), exp(peak - highest));
-            self.peaks[row] = if peak.is_nan() { peak } else { highest };
-            self.totals[row] = self.totals[row] * own + total * other;
-            let held = &mut self.sums[row * head_dim..][..head_dim];
-            held.iter_mut().zip(&sums[row * head_dim..]).for_each(|(held, sum)| *held = *held * own + sum * other);
-        }
-    }
 }
 
 impl<'a, K: KvElement> Tile<'a, K> {
@@ -166,71 +124,8 @@ impl<'a, K: KvElement> Tile<'a, K> {
             let inside = |position: usize| position.clamp(block.start, block.end) - block.start;
             *visible = inside(seen.start)..inside(seen.end);
         }
-        weigh(level, scores, &visible[..self.rows()], self.params, out);
-        K::Compute::narrow(level, scores, weights);
+        softmax::weigh(level, scores, &visible[..self.rows()], self.params, out, weights);
     }
-}
-
-for_levels! {
-    /// Turns the scores of a block, `[rows, BLOCK_TOKENS]`, into weights, in place.
-    fn weigh(scores: &mut [f32], visible: &[Range<usize>], params: &Params, out: &mut Partial) {
-        let head_dim = params.head_dim;
-        let rows = scores.as_chunks_mut::<BLOCK_TOKENS>().0.iter_mut().zip(visible);
-        for (row, (scores, visible)) in rows.enumerate() {
-            let sums = &mut out.sums[row * head_dim..][..head_dim];
-            weigh_row(scores, visible, params, [&mut out.peaks[row], &mut out.totals[row]], sums);
-        }
-    }
-}
-
-/// One row: `state` is its peak and its total.
-#[inline(always)]
-fn weigh_row(
-    scores: &mut [f32; BLOCK_TOKENS],
-    visible: &Range<usize>,
-    params: &Params,
-    state: [&mut f32; 2],
-    sums: &mut [f32],
-) {
-    let [held_peak, total] = state;
-    if visible.is_empty() {
-        return scores.fill(0.0);
-    }
-    scores.iter_mut().for_each(|score| *score *= params.scale);
-    if let Some(cap) = params.soft_cap {
-        scores.iter_mut().for_each(|score| *score = cap * tanh(*score / cap));
-    }
-    scores[..visible.start].fill(f32::NEG_INFINITY);
-    scores[visible.end..].fill(f32::NEG_INFINITY);
-    let mut peaks = [f32::NEG_INFINITY; 16];
-    for chunk in scores.as_chunks::<16>().0 {
-        for (peak, score) in peaks.iter_mut().zip(chunk) {
-            *peak = if *score > *peak { *score } else { *peak };
-        }
-    }
-    let block_peak = peaks.iter().fold(f32::NEG_INFINITY, |peak, score| if *score > peak { *score } else { peak });
-    if block_peak > *held_peak {
-        // The first time there is nothing yet to make smaller.
-        let decay = exp(*held_peak - block_peak);
-        *held_peak = block_peak;
-        *total *= decay;
-        sums.iter_mut().for_each(|sum| *sum *= decay);
-    }
-    let peak = if *held_peak == f32::NEG_INFINITY { 0.0 } else { *held_peak };
-    let mut totals = [0f32; 16];
-    for chunk in scores.as_chunks_mut::<16>().0 {
-        for (total, score) in totals.iter_mut().zip(chunk) {
-            *score = exp(*score - peak);
-            *total += *score;
-        }
-    }
-    *total += totals.iter().sum::<f32>();
-}
-
-#[inline(always)]
-fn tanh(x: f32) -> f32 {
-    let e = exp(-2.0 * x.abs());
-    ((1.0 - e) / (1.0 + e)).copysign(x)
 }
 
 /// Elements with scales, as those without.

@@ -36,13 +36,13 @@ mod constants {
         matches!(format, Q4_MIN | Q5_MIN)
     }
 
-    /// The power of two of a format's offset, if it has one.
-    pub const fn offset_bits(format: u32) -> Option<u32> {
+    /// The first of a block's offset sums that a format needs, if it has an offset.
+    pub const fn first_sum(format: u32) -> Option<usize> {
         match format {
-            Q8 => Some(7),
-            Q4 => Some(3),
-            Q5 => Some(4),
-            Q6 => Some(5),
+            Q8 => Some(0),
+            Q4 => Some(1),
+            Q5 => Some(2),
+            Q6 => Some(3),
             _ => None,
         }
     }
@@ -61,7 +61,7 @@ struct Panel {
     /// `[rows, blocks]`
     scaled_sums: *const f32,
     /// `[rows, blocks, SUMS]`
-    negative_sums: *const i32,
+    offset_sums: *const i32,
     /// `[blocks]` tiles
     w: *const u8,
     /// `[rows, stride]`, of which the first [`GROUP`] columns are written.
@@ -83,7 +83,7 @@ impl Panel {
                 x: self.x.add(blocks * BLOCK),
                 scales: self.scales.add(blocks),
                 scaled_sums: self.scaled_sums.add(blocks),
-                negative_sums: self.negative_sums.add(blocks * SUMS),
+                offset_sums: self.offset_sums.add(blocks * SUMS),
                 out: self.out.add(rows * self.stride),
                 ..self
             }
@@ -111,7 +111,7 @@ pub(super) fn product(
             x: quantized.elements()[first * BLOCK..].as_ptr(),
             scales: quantized.scales()[first..].as_ptr(),
             scaled_sums: quantized.scaled_sums()[first..].as_ptr(),
-            negative_sums: quantized.negative_sums()[first * SUMS..].as_ptr(),
+            offset_sums: quantized.offset_sums()[first * SUMS..].as_ptr(),
             w: segment.group(group).as_ptr(),
             out: out.row_mut(0)[index * GROUP..].as_mut_ptr(),
             stride,

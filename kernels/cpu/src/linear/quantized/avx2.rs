@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{Panel, Q4, Q4_MIN, Q5, Q5_MIN, Q6, Q8, has_minimum, offset_bits, run_rows};
+use super::{Panel, Q4, Q4_MIN, Q5, Q5_MIN, Q6, Q8, first_sum, has_minimum, run_rows};
 use crate::{
     activations::SUMS,
     packed::{BLOCK, Format, quantized::scales_at},
@@ -93,16 +93,16 @@ unsafe fn rows_of<const F: u32, const R: usize>(panel: Panel) {
                 for (row, sums) in sums.iter_mut().enumerate() {
                     let at = row * blocks + block;
                     let x = panel.x.add(at * BLOCK).cast::<i32>();
-                    let begin = |part: usize| {
-                        let sum = *panel.negative_sums.add(at * SUMS + part);
-                        _mm256_set1_epi32(offset_bits(F).map_or(0, |bits| sum << bits))
+                    let begin = |part: usize| match first_sum(F) {
+                        Some(first) => _mm256_set1_epi32(*panel.offset_sums.add(at * SUMS + first + part)),
+                        None => _mm256_setzero_si256(),
                     };
                     let add = |sum, register: usize| {
                         dot::<F>(sum, w[register], _mm256_set1_epi32(x.add(register).read_unaligned()))
                     };
                     let scaled = if F == Q6 {
-                        let first = _mm256_cvtepi32_ps((0..4).fold(begin(1), add));
-                        let other = _mm256_cvtepi32_ps((4..8).fold(begin(2), add));
+                        let first = _mm256_cvtepi32_ps((0..4).fold(begin(0), add));
+                        let other = _mm256_cvtepi32_ps((4..8).fold(begin(1), add));
                         _mm256_fmadd_ps(other, scales(1), _mm256_mul_ps(first, scales(0)))
                     } else {
                         _mm256_mul_ps(_mm256_cvtepi32_ps((0..8).fold(begin(0), add)), scales(0))

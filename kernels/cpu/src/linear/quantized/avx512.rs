@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{Panel, Q4, Q4_MIN, Q5, Q5_MIN, Q6, Q8, has_minimum, offset_bits, run_rows};
+use super::{Panel, Q4, Q4_MIN, Q5, Q5_MIN, Q6, Q8, first_sum, has_minimum, run_rows};
 use crate::{
     activations::SUMS,
     packed::{BLOCK, Format, quantized::scales_at},
@@ -76,6 +76,19 @@ unsafe fn unpack<const F: u32>(tile: *const u8) -> [__m512i; 8] {
     }
 }
 
+/// A loop over rows that is written out, so that their sums stay in registers: the compiler finds it too long to do that.
+macro_rules! unrolled {
+    ($row:ident in 0..$rows:ident $body:block) => {
+        unrolled!($row in 0..$rows [0 1 2 3 4 5 6 7 8 9 10 11] $body)
+    };
+    ($row:ident in 0..$rows:ident [$($index:literal)*] $body:block) => {$(
+        if $index < $rows {
+            let $row = $index;
+            $body
+        }
+    )*};
+}
+
 /// # Safety
 /// The level is available, and the panel has `R` rows.
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
@@ -91,22 +104,19 @@ unsafe fn rows_of<const F: u32, const R: usize>(panel: Panel) {
                 |index: usize| _mm512_cvtph_ps(_mm256_loadu_si256(tile.add(scales_at(format) + index * 32).cast()));
             let scale = scales(0);
             let second = if has_minimum(F) || F == Q6 { scales(1) } else { scale };
-            for (row, sum) in sums.iter_mut().enumerate() {
+            unrolled!(row in 0..R {
                 let at = row * blocks + block;
                 let x = panel.x.add(at * BLOCK).cast::<i32>();
-                let begin = |part: usize| match offset_bits(F) {
-                    Some(bits) => {
-                        let sum = _mm512_set1_epi32(*panel.negative_sums.add(at * SUMS + part));
-                        _mm512_sll_epi32(sum, _mm_cvtsi32_si128(bits as i32))
-                    }
+                let begin = |part: usize| match first_sum(F) {
+                    Some(first) => _mm512_set1_epi32(*panel.offset_sums.add(at * SUMS + first + part)),
                     None => _mm512_setzero_si512(),
                 };
                 let add = |dot, register: usize| {
                     _mm512_dpbusd_epi32(dot, w[register], _mm512_set1_epi32(x.add(register).read_unaligned()))
                 };
                 let scaled = if F == Q6 {
-                    let first = (0..4).fold(begin(1), add);
-                    let other = (4..8).fold(begin(2), add);
+                    let first = (0..4).fold(begin(0), add);
+                    let other = (4..8).fold(begin(1), add);
                     let first = _mm512_mul_ps(_mm512_cvtepi32_ps(first), scale);
                     _mm512_fmadd_ps(_mm512_cvtepi32_ps(other), second, first)
                 } else if R <= 2 {
@@ -117,11 +127,11 @@ unsafe fn rows_of<const F: u32, const R: usize>(panel: Panel) {
                 } else {
                     _mm512_mul_ps(_mm512_cvtepi32_ps((0..8).fold(begin(0), add)), scale)
                 };
-                *sum = _mm512_fmadd_ps(scaled, _mm512_set1_ps(*panel.scales.add(at)), *sum);
+                sums[row] = _mm512_fmadd_ps(scaled, _mm512_set1_ps(*panel.scales.add(at)), sums[row]);
                 if has_minimum(F) {
-                    *sum = _mm512_fmadd_ps(second, _mm512_set1_ps(*panel.scaled_sums.add(at)), *sum);
+                    sums[row] = _mm512_fmadd_ps(second, _mm512_set1_ps(*panel.scaled_sums.add(at)), sums[row]);
                 }
-            }
+            });
         }
     }
     for (row, sum) in sums.into_iter().enumerate() {

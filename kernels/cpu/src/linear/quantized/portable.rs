@@ -1,37 +1,28 @@
 //! Plain Rust: a tile is unpacked once, and multiplied with all rows.
 
 use super::Panel;
-use crate::{
-    activations::SUMS,
-    packed::{
-        BLOCK, Format, GROUP,
-        quantized::{element, offset, scale},
-    },
+use crate::packed::{
+    BLOCK, Format, GROUP,
+    quantized::{element, offset, scale},
 };
 
 /// # Safety
 /// The panel has so many rows.
 pub(super) unsafe fn run(format: Format, panel: Panel, rows: usize) {
     // SAFETY: the panel's operands have these lengths.
-    let (w, elements, scales, scaled_sums, negative_sums) = unsafe {
+    let (w, elements, scales, scaled_sums) = unsafe {
         (
             std::slice::from_raw_parts(panel.w, panel.blocks * format.tile_bytes()),
             std::slice::from_raw_parts(panel.x, rows * panel.blocks * BLOCK),
             std::slice::from_raw_parts(panel.scales, rows * panel.blocks),
             std::slice::from_raw_parts(panel.scaled_sums, rows * panel.blocks),
-            std::slice::from_raw_parts(panel.negative_sums, rows * panel.blocks * SUMS),
         )
     };
     for (block, tile) in w.chunks_exact(format.tile_bytes()).enumerate() {
         let unpacked = Unpacked::new(format, tile);
         for row in 0..rows {
             let at = row * panel.blocks + block;
-            let sums = unpacked.product(
-                &elements[at * BLOCK..][..BLOCK],
-                scales[at],
-                scaled_sums[at],
-                &negative_sums[at * SUMS + 1..][..2],
-            );
+            let sums = unpacked.product(&elements[at * BLOCK..][..BLOCK], scales[at], scaled_sums[at]);
             // SAFETY: the output has so many rows.
             let out = unsafe { &mut *panel.out.add(row * panel.stride).cast::<[f32; GROUP]>() };
             if block == 0 {
@@ -63,11 +54,11 @@ impl Unpacked {
         }
     }
 
-    fn product(&self, x: &[i8], scale: f32, scaled_sum: f32, negative_sums: &[i32]) -> [f32; GROUP] {
+    fn product(&self, x: &[i8], scale: f32, scaled_sum: f32) -> [f32; GROUP] {
         let mut sums = self.minimums.map(|minimum| minimum * scaled_sum);
         let halves = self.elements.as_chunks::<16>().0.iter().zip(x.as_chunks::<16>().0);
-        for (((w, x), scales), negative_sum) in halves.zip(&self.scales).zip(negative_sums) {
-            let mut dots = [negative_sum * self.offset; GROUP];
+        for ((w, x), scales) in halves.zip(&self.scales) {
+            let mut dots = [-self.offset * x.iter().map(|x| i32::from(*x)).sum::<i32>(); GROUP];
             for (w, x) in w.iter().zip(x) {
                 dots.iter_mut().zip(w).for_each(|(dot, w)| *dot += i32::from(*x) * i32::from(*w));
             }

@@ -1,0 +1,210 @@
+//! The softmax of attention, block by block: scores become weights relative to the largest score so far, and what was
+//! added up before is made smaller when a larger one comes.
+//!
+//! Everything is in powers of two: scores are multiplied with log2(e) together with their scale.
+
+use std::{f32::consts::LOG2_E, ops::Range};
+
+use super::{Params, TILE_ROWS, pages::Compute, tile::BLOCK_TOKENS};
+use crate::{
+    Level,
+    activations::for_levels,
+    math::{exp, exp2},
+    workspace::Buffer,
+};
+
+/// The running softmax of a tile's rows.
+pub(super) struct Partial {
+    /// `[rows, head_dim]`: values weighted relative to the peak.
+    pub sums: Buffer<f32>,
+    /// Largest score so far, times log2(e).
+    pub peaks: [f32; TILE_ROWS],
+    /// Sum of the weights.
+    pub totals: [f32; TILE_ROWS],
+}
+
+impl Partial {
+    /// Of nothing yet.
+    pub fn new(rows: usize, head_dim: usize) -> Self {
+        let sums = Buffer::zeroed(rows * head_dim);
+        Self { sums, peaks: [f32::NEG_INFINITY; TILE_ROWS], totals: [0.0; TILE_ROWS] }
+    }
+
+    /// Writes sums, peaks and totals one after the other.
+    pub fn save(&self, out: &mut [f32], head_dim: usize) {
+        let (sums, rest) = out.split_at_mut(TILE_ROWS * head_dim);
+        sums[..self.sums.len()].copy_from_slice(&self.sums);
+        rest[..TILE_ROWS].copy_from_slice(&self.peaks);
+        rest[TILE_ROWS..].copy_from_slice(&self.totals);
+    }
+
+    /// Takes a saved part in.
+    pub fn merge(&mut self, part: &[f32], rows: usize, head_dim: usize) {
+        let (sums, rest) = part.split_at(TILE_ROWS * head_dim);
+        for row in 0..rows {
+            let (peak, total) = (rest[row], rest[TILE_ROWS + row]);
+            if peak == f32::NEG_INFINITY {
+                continue;
+            }
+            let highest = self.peaks[row].max(peak);
+            let (own, other) = (exp2(self.peaks[row] - highest), exp2(peak - highest));
+            self.peaks[row] = if peak.is_nan() { peak } else { highest };
+            self.totals[row] = self.totals[row] * own + total * other;
+            let held = &mut self.sums[row * head_dim..][..head_dim];
+            held.iter_mut().zip(&sums[row * head_dim..]).for_each(|(held, sum)| *held = *held * own + sum * other);
+        }
+    }
+}
+
+/// Turns the scores of a block, `[rows, BLOCK_TOKENS]`, into `weights` of the same shape, of which only those of the
+/// `visible` tokens of a row are not zero.
+pub(super) fn weigh<C: Compute>(
+    level: Level,
+    scores: &mut [f32],
+    visible: &[Range<usize>],
+    params: &Params,
+    out: &mut Partial,
+    weights: &mut [C],
+) {
+    let mut factor = params.scale * LOG2_E;
+    if let Some(cap) = params.soft_cap {
+        soft_cap(level, scores, params.scale, cap);
+        factor = LOG2_E;
+    }
+    #[cfg(target_arch = "x86_64")]
+    if level == Level::Avx512 {
+        // SAFETY: the level is one that this machine has.
+        return unsafe { weigh_avx512(scores, visible, factor, params.head_dim, out, weights) };
+    }
+    weigh_plain(level, scores, visible, factor, params.head_dim, out);
+    C::narrow(level, scores, weights);
+}
+
+for_levels! {
+    /// `cap * tanh(scale * score / cap)`
+    fn soft_cap(scores: &mut [f32], scale: f32, cap: f32) {
+        let inner = 2.0 * scale / cap;
+        for score in scores {
+            let e = exp(-(*score * inner).abs());
+            *score = (cap * (1.0 - e) / (1.0 + e)).copysign(*score);
+        }
+    }
+}
+
+for_levels! {
+    /// See [`weigh`]; in place.
+    fn weigh_plain(scores: &mut [f32], visible: &[Range<usize>], factor: f32, head_dim: usize, out: &mut Partial) {
+        for (row, (scores, visible)) in scores.as_chunks_mut().0.iter_mut().zip(visible).enumerate() {
+            let sums = &mut out.sums[row * head_dim..][..head_dim];
+            weigh_row(scores, visible, factor, [&mut out.peaks[row], &mut out.totals[row]], sums);
+        }
+    }
+}
+
+/// One row: `state` is its peak and its total.
+#[inline(always)]
+fn weigh_row(
+    scores: &mut [f32; BLOCK_TOKENS],
+    visible: &Range<usize>,
+    factor: f32,
+    state: [&mut f32; 2],
+    sums: &mut [f32],
+) {
+    let [held_peak, total] = state;
+    if visible.is_empty() {
+        return scores.fill(0.0);
+    }
+    scores.iter_mut().for_each(|score| *score *= factor);
+    scores[..visible.start].fill(f32::NEG_INFINITY);
+    scores[visible.end..].fill(f32::NEG_INFINITY);
+    let mut peaks = [f32::NEG_INFINITY; 16];
+    for chunk in scores.as_chunks::<16>().0 {
+        for (peak, score) in peaks.iter_mut().zip(chunk) {
+            *peak = if *score > *peak { *score } else { *peak };
+        }
+    }
+    let block_peak = peaks.iter().fold(f32::NEG_INFINITY, |peak, score| if *score > peak { *score } else { peak });
+    raise(block_peak, held_peak, total, sums);
+    let peak = if *held_peak == f32::NEG_INFINITY { 0.0 } else { *held_peak };
+    let mut totals = [0f32; 16];
+    for chunk in scores.as_chunks_mut::<16>().0 {
+        for (total, score) in totals.iter_mut().zip(chunk) {
+            *score = exp2(*score - peak);
+            *total += *score;
+        }
+    }
+    *total += totals.iter().sum::<f32>();
+}
+
+/// Makes smaller what is relative to a lower peak. The first time that is nothing.
+#[inline(always)]
+fn raise(block_peak: f32, held_peak: &mut f32, total: &mut f32, sums: &mut [f32]) {
+    if block_peak > *held_peak {
+        let decay = exp2(*held_peak - block_peak);
+        *held_peak = block_peak;
+        *total *= decay;
+        sums.iter_mut().for_each(|sum| *sum *= decay);
+    }
+}
+
+/// See [`weigh`]: a row's scores stay in four registers.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+fn weigh_avx512<C: Compute>(
+    scores: &[f32],
+    visible: &[Range<usize>],
+    factor: f32,
+    head_dim: usize,
+    out: &mut Partial,
+    weights: &mut [C],
+) {
+    use std::arch::x86_64::*;
+    const REGISTERS: usize = BLOCK_TOKENS / 16;
+    let rows = scores.as_chunks::<BLOCK_TOKENS>().0.iter().zip(weights.as_chunks_mut::<BLOCK_TOKENS>().0);
+    for (row, ((scores, weights), visible)) in rows.zip(visible).enumerate() {
+        let bits = |end: usize| if end == BLOCK_TOKENS { u64::MAX } else { (1 << end) - 1 };
+        let seen = bits(visible.end) & !bits(visible.start);
+        let masks: [u16; REGISTERS] = std::array::from_fn(|part| (seen >> (16 * part)) as u16);
+        let lowest = _mm512_set1_ps(f32::NEG_INFINITY);
+        let scaled: [__m512; REGISTERS] = std::array::from_fn(|part| {
+            // SAFETY: the row has so many scores.
+            let scores = unsafe { _mm512_loadu_ps(scores.as_ptr().add(16 * part)) };
+            _mm512_mask_mul_ps(lowest, masks[part], scores, _mm512_set1_ps(factor))
+        });
+        let highest = _mm512_max_ps(_mm512_max_ps(scaled[0], scaled[1]), _mm512_max_ps(scaled[2], scaled[3]));
+        let (peak, total) = (&mut out.peaks[row], &mut out.totals[row]);
+        raise(_mm512_reduce_max_ps(highest), peak, total, &mut out.sums[row * head_dim..][..head_dim]);
+        let origin = _mm512_set1_ps(if *peak == f32::NEG_INFINITY { 0.0 } else { *peak });
+        let powers: [__m512; REGISTERS] =
+            std::array::from_fn(|part| exp2_avx512(masks[part], _mm512_sub_ps(scaled[part], origin)));
+        let sum = _mm512_add_ps(_mm512_add_ps(powers[0], powers[1]), _mm512_add_ps(powers[2], powers[3]));
+        *total += _mm512_reduce_add_ps(sum);
+        for part in (0..REGISTERS).step_by(2) {
+            let to = weights[16 * part..].as_mut_ptr();
+            // SAFETY: the row has room for all registers, and an element is a pair's half or as wide as an f32.
+            unsafe {
+                if C::PAIRS {
+                    let narrowed = _mm512_cvtne2ps_pbh(powers[part + 1], powers[part]);
+                    _mm512_storeu_si512(to.cast(), std::mem::transmute::<__m512bh, __m512i>(narrowed));
+                } else {
+                    _mm512_storeu_ps(to.cast(), powers[part]);
+                    _mm512_storeu_ps(to.add(16).cast(), powers[part + 1]);
+                }
+            }
+        }
+    }
+}
+
+/// [`exp2`] where the mask is set, else 0.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+fn exp2_avx512(mask: u16, x: std::arch::x86_64::__m512) -> std::arch::x86_64::__m512 {
+    use crate::math::EXP2;
+    use std::arch::x86_64::*;
+    let whole = _mm512_roundscale_ps::<0>(x);
+    let r = _mm512_sub_ps(x, whole);
+    let first = _mm512_set1_ps(EXP2[0]);
+    let power = EXP2[1..].iter().fold(first, |power, term| _mm512_fmadd_ps(power, r, _mm512_set1_ps(*term)));
+    _mm512_maskz_scalef_ps(mask, power, whole)
+}
