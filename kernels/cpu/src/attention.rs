@@ -261,24 +261,27 @@ fn splits(items: &[Item], step: &Step<'_>) -> usize {
     (4 * threads).div_ceil(items.len()).min(longest.div_ceil(BLOCK_TOKENS)).max(1)
 }
 
+/// Queries `[rows, head_dim]`, times the softmax's factor.
 fn load_queries<X: Element, C: pages::Compute>(
     tile: &Tile<'_, impl KvElement>,
     params: &Params,
     queries: &Rows<'_, X>,
     q: &mut [C],
 ) {
-    // The heads of a token lie side by side.
-    let mut rest = &mut q[..];
+    let (level, factor) = (level(), softmax::factor(params));
+    let mut values = Buffer::<f32>::take(q.len());
     let mut row = 0;
     while row < tile.rows() {
+        // The heads of a token lie side by side.
         let (token, head) = tile.place(row);
         let heads = (row..tile.rows()).take_while(|row| tile.place(*row).0 == token).count();
+        let own = &mut values[row * params.head_dim..][..heads * params.head_dim];
         let start = token * queries.stride + head * params.head_dim;
-        let (own, after) = rest.split_at_mut(heads * params.head_dim);
-        C::convert(&queries.data[start..start + own.len()], own);
-        rest = after;
+        X::load(level, &queries.data[start..start + own.len()], own);
+        own.iter_mut().for_each(|value| *value *= factor);
         row += heads;
     }
+    C::narrow(level, &values, q);
 }
 
 /// Divides by the totals, and rounds.

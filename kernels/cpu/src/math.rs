@@ -67,9 +67,8 @@ pub fn exp(x: f32) -> f32 {
     if x < -87.336_54 { 0.0 } else { value }
 }
 
-/// The terms of a polynomial for `2^r` with `|r| <= 1/2`, the highest power first: Taylor's series, which is within a
-/// unit in the last place there.
-pub(crate) const EXP2: [f32; 8] =
+/// Taylor's series of `2^r`, the highest power first, which for `|r| <= 1/2` is within a unit in the last place.
+const EXP2: [f32; 8] =
     [1.525_273_4e-5, 1.540_353e-4, 1.333_355_8e-3, 9.618_129e-3, 5.550_411e-2, 2.402_265_1e-1, 6.931_472e-1, 1.0];
 
 /// 2 to the power of `x`, to within about 2 units in the last place; 0 below -126, infinite above 128, NaN stays.

@@ -58,7 +58,6 @@ pub trait Compute: Plain {
     /// Whether keys come in pairs of dimensions, and values in pairs of tokens.
     const PAIRS: bool;
 
-    fn convert<X: Element>(values: &[X], out: &mut [Self]);
     /// Of f32.
     fn narrow(level: Level, values: &[f32], out: &mut [Self]);
     fn from_f32(value: f32) -> Self;
@@ -67,10 +66,6 @@ pub trait Compute: Plain {
 
 impl Compute for f32 {
     const PAIRS: bool = false;
-
-    fn convert<X: Element>(values: &[X], out: &mut [Self]) {
-        X::load(level(), values, out);
-    }
 
     fn narrow(_: Level, values: &[f32], out: &mut [Self]) {
         out.copy_from_slice(values);
@@ -87,10 +82,6 @@ impl Compute for f32 {
 
 impl Compute for bf16 {
     const PAIRS: bool = true;
-
-    fn convert<X: Element>(values: &[X], out: &mut [Self]) {
-        X::to_bf16(level(), values, out);
-    }
 
     fn narrow(level: Level, values: &[f32], out: &mut [Self]) {
         bf16::store(level, values, out);
