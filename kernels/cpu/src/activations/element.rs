@@ -19,9 +19,6 @@ pub trait Element: Plain + sealed::Sealed {
     /// Converts from f32. Both slices have the same length.
     fn store(level: Level, from: &[f32], to: &mut [Self]);
 
-    /// Converts to bf16. Both slices have the same length.
-    fn to_bf16(level: Level, from: &[Self], to: &mut [bf16]);
-
     /// Adds to f32. Both slices have the same length.
     fn add(level: Level, from: &[Self], to: &mut [f32]);
 
@@ -126,10 +123,6 @@ impl Element for f32 {
         to.copy_from_slice(from);
     }
 
-    fn to_bf16(level: Level, from: &[Self], to: &mut [bf16]) {
-        bf16::store(level, from, to);
-    }
-
     fn add(level: Level, from: &[Self], to: &mut [f32]) {
         add_f32(level, from, to);
     }
@@ -148,10 +141,6 @@ impl Element for bf16 {
     fn store(level: Level, from: &[f32], to: &mut [Self]) {
         assert_eq!(from.len(), to.len());
         store_bf16(level, from, to);
-    }
-
-    fn to_bf16(_: Level, from: &[Self], to: &mut [bf16]) {
-        to.copy_from_slice(from);
     }
 
     fn add(level: Level, from: &[Self], to: &mut [f32]) {

@@ -61,63 +61,93 @@ impl QuantizedRows {
         let first = row * self.blocks + block;
         assert!(rest.is_empty() && block + values.len() <= self.blocks, "whole blocks of a row");
         assert!(first + values.len() <= self.scales.len(), "a row that is there");
-        for (at, values) in (first..).zip(values) {
-            // SAFETY: the block is within all buffers, which have room for the same rows, and the caller owns it.
-            unsafe {
-                let elements = &mut *self.elements.as_shared_ptr().add(at * BLOCK).cast::<[i8; BLOCK]>();
-                let (scale, sums) = quantize(level, values, elements);
-                *self.scales.as_shared_ptr().add(at) = scale;
-                *self.scaled_sums.as_shared_ptr().add(at) = scale * (sums[0] + sums[1]) as f32;
-                let sum = sums[0] + sums[1];
-                let offset_sums = [-128 * sum, -8 * sum, -16 * sum, -32 * sums[0], -32 * sums[1]];
-                *self.offset_sums.as_shared_ptr().add(at * SUMS).cast::<[i32; SUMS]>() = offset_sums;
+        let len = values.len();
+        // SAFETY: the blocks are within all buffers, which have room for the same rows, and the caller owns them.
+        let mut blocks = unsafe {
+            let elements = self.elements.as_shared_ptr().add(first * BLOCK).cast();
+            let offset_sums = self.offset_sums.as_shared_ptr().add(first * SUMS).cast();
+            Blocks {
+                elements: std::slice::from_raw_parts_mut(elements, len),
+                scales: std::slice::from_raw_parts_mut(self.scales.as_shared_ptr().add(first), len),
+                scaled_sums: std::slice::from_raw_parts_mut(self.scaled_sums.as_shared_ptr().add(first), len),
+                offset_sums: std::slice::from_raw_parts_mut(offset_sums, len),
             }
+        };
+        match level {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: the level is available.
+            Level::Avx512 => unsafe { quantize_avx512(values, &mut blocks) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            Level::Avx2 => unsafe { quantize_avx2(values, &mut blocks) },
+            _ => quantize(values, &mut blocks),
         }
     }
 }
 
-/// Returns the scale, and the sums of the elements of both halves.
-fn quantize(level: Level, values: &[f32; BLOCK], elements: &mut [i8; BLOCK]) -> (f32, [i32; 2]) {
-    match level {
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: the level is available.
-        Level::Avx512 => unsafe { quantize_avx512(values, elements) },
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: as above.
-        Level::Avx2 => unsafe { quantize_avx2(values, elements) },
-        _ => quantize_block(values, elements),
+/// Where some blocks go.
+struct Blocks<'a> {
+    elements: &'a mut [[i8; BLOCK]],
+    scales: &'a mut [f32],
+    scaled_sums: &'a mut [f32],
+    offset_sums: &'a mut [[i32; SUMS]],
+}
+
+impl Blocks<'_> {
+    /// Takes the scale of a block, and the sums of the elements of both halves.
+    #[inline(always)]
+    fn note(&mut self, block: usize, scale: f32, sums: [i32; 2]) {
+        let sum = sums[0] + sums[1];
+        self.scales[block] = scale;
+        self.scaled_sums[block] = scale * sum as f32;
+        self.offset_sums[block] = [-128 * sum, -8 * sum, -16 * sum, -32 * sums[0], -32 * sums[1]];
     }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-fn quantize_avx2(values: &[f32; BLOCK], elements: &mut [i8; BLOCK]) -> (f32, [i32; 2]) {
-    quantize_block(values, elements)
+fn quantize_avx2(values: &[[f32; BLOCK]], blocks: &mut Blocks<'_>) {
+    quantize(values, blocks);
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")]
-fn quantize_avx512(values: &[f32; BLOCK], elements: &mut [i8; BLOCK]) -> (f32, [i32; 2]) {
+#[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn quantize_avx512(values: &[[f32; BLOCK]], blocks: &mut Blocks<'_>) {
     use std::arch::x86_64::*;
-    // SAFETY: both halves are in the block.
-    let halves = unsafe { [_mm512_loadu_ps(values.as_ptr()), _mm512_loadu_ps(values.as_ptr().add(16))] };
-    let magnitudes = _mm512_max_ps(_mm512_abs_ps(halves[0]), _mm512_abs_ps(halves[1]));
-    let largest = _mm512_reduce_max_ps(magnitudes);
-    // Classes of what is not finite: both kinds of what is not a number, and both infinities.
-    let odd = _mm512_fpclass_ps_mask::<0x99>(halves[0]) | _mm512_fpclass_ps_mask::<0x99>(halves[1]);
-    let inverse = 127.0 / largest;
-    let inverse = _mm512_set1_ps(if odd == 0 && inverse.is_finite() { inverse } else { 0.0 });
-    let mut sums = [0; 2];
-    for (half, values) in halves.into_iter().enumerate() {
-        let rounded = _mm512_cvtps_epi32(_mm512_mul_ps(values, inverse));
-        let rounded = if odd == 0 { rounded } else { _mm512_setzero_si512() };
-        // SAFETY: as above.
-        unsafe { _mm_storeu_si128(elements.as_mut_ptr().add(half * 16).cast(), _mm512_cvtepi32_epi8(rounded)) };
-        sums[half] = _mm512_reduce_add_epi32(rounded);
+    // Below this the inverse would be infinite.
+    const SMALLEST: f32 = 127.0 / f32::MAX;
+    for (block, values) in values.iter().enumerate() {
+        // SAFETY: both halves are in the block.
+        let halves = unsafe { [_mm512_loadu_ps(values.as_ptr()), _mm512_loadu_ps(values.as_ptr().add(16))] };
+        // Classes of what is not finite: both kinds of what is not a number, and both infinities.
+        let odd = _mm512_fpclass_ps_mask::<0x99>(halves[0]) | _mm512_fpclass_ps_mask::<0x99>(halves[1]);
+        if odd != 0 {
+            blocks.elements[block] = [0; BLOCK];
+            blocks.note(block, f32::NAN, [0; 2]);
+            continue;
+        }
+        let largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(halves[0]), _mm512_abs_ps(halves[1])));
+        let inverse = _mm512_set1_ps(if largest > SMALLEST { 127.0 / largest } else { 0.0 });
+        let [low, high] = halves.map(|values| _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(values, inverse))));
+        let elements = _mm256_set_m128i(high, low);
+        // SAFETY: a block has so many bytes.
+        unsafe { _mm256_storeu_si256(blocks.elements[block].as_mut_ptr().cast(), elements) };
+        let fours = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(1), elements);
+        let twos = _mm_hadd_epi32(_mm256_castsi256_si128(fours), _mm256_extracti128_si256::<1>(fours));
+        let sums = _mm_cvtsi128_si64(_mm_hadd_epi32(twos, twos));
+        blocks.note(block, largest / 127.0, [sums as i32, (sums >> 32) as i32]);
     }
-    (if odd == 0 { largest / 127.0 } else { f32::NAN }, sums)
 }
 
+#[inline(always)]
+fn quantize(values: &[[f32; BLOCK]], blocks: &mut Blocks<'_>) {
+    for (block, values) in values.iter().enumerate() {
+        let (scale, sums) = quantize_block(values, &mut blocks.elements[block]);
+        blocks.note(block, scale, sums);
+    }
+}
+
+/// Gives the scale, and the sums of the elements of both halves.
 #[inline(always)]
 fn quantize_block(values: &[f32; BLOCK], elements: &mut [i8; BLOCK]) -> (f32, [i32; 2]) {
     // Adding this rounds a small number to an integer, which then is in the low bits.

@@ -190,6 +190,18 @@ pub(crate) fn value_at(pairs: bool, t: usize, d: usize) -> usize {
     if pairs { ((block * GROUP / 2 + t / 2) * 16 + lane) * 2 + t % 2 } else { (block * GROUP + t) * 16 + lane }
 }
 
+/// Tokens that are written by one thread, at least.
+const PART_TOKENS: usize = 128;
+
+/// Where a part of the step's tokens begins: with a group's first token, or a sequence's, so that no group is in two.
+fn part_start(step: &Step<'_>, part: usize) -> usize {
+    let tokens = step.tokens();
+    let is_start = |token: &usize| {
+        step.kv_slot[*token] as usize % GROUP == 0 || step.cu_q_lens[..step.num_seqs].contains(&(*token as i32))
+    };
+    (part * PART_TOKENS..tokens).find(is_start).unwrap_or(tokens)
+}
+
 /// Writes the keys and values of a step's tokens.
 pub(crate) fn write<X: Element, K: KvElement>(
     params: &Params,
@@ -200,14 +212,16 @@ pub(crate) fn write<X: Element, K: KvElement>(
 ) {
     let (shape, head_dim) = (PoolShape::new(params), params.head_dim);
     let (groups, scales) = (Shared::new(pool), Shared::new(scales));
-    parallel_for(params.kv_heads, |kv_head| {
+    let parts = step.tokens().div_ceil(PART_TOKENS);
+    parallel_for(params.kv_heads * parts, |index| {
+        let (kv_head, part) = (index % params.kv_heads, index / params.kv_heads);
         let (level, mut values, mut encoded) = (level(), Buffer::<f32>::take(head_dim), Buffer::<K>::take(head_dim));
-        for (token, slot) in step.kv_slot[..step.tokens()].iter().enumerate() {
-            let slot = *slot as usize;
+        for token in part_start(step, part)..part_start(step, part + 1) {
+            let slot = step.kv_slot[token] as usize;
             let (page, offset) = (slot / params.page_size, slot % params.page_size);
             let (group, t) = (shape.group(page, kv_head, offset / GROUP), offset % GROUP);
             let start = group * shape.group_elements();
-            // SAFETY: the groups of a head are this thread's alone.
+            // SAFETY: a group of a head is one index's alone.
             let elements = unsafe { groups.part(start..start + shape.group_elements()) };
             if t == 0 {
                 elements.fill(K::zero());

@@ -21,6 +21,8 @@ fn cases() -> Vec<Case> {
     vec![
         case(PLAIN, &[(0, 1)], 0),
         case(PLAIN, &[(15, 1), (16, 1), (0, 17), (100, 30)], 3),
+        // More tokens than one thread writes, which no part of the cut may divide within a group.
+        case(PLAIN, &[(5, 150), (0, 1), (2, 140)], 0),
         case(Params { window: Some(20), ..PLAIN }, &[(0, 50), (70, 1), (5, 3)], 0),
         case(Params { soft_cap: Some(1.5), ..PLAIN }, &[(33, 9), (0, 2)], 1),
         case(Params { q_heads: 3, kv_heads: 3, head_dim: 80, ..PLAIN }, &[(10, 7), (300, 1)], 0),

@@ -205,7 +205,7 @@ impl Block<'_> {
         expect("the sines", self.sin.len(), self.cos.len())?;
         let level = level();
         let normed = Prepared::normed(level, x, self.norm, self.eps, &self.qkv);
-        let mut joint = Buffer::<f32>::take(rows * width);
+        let mut joint = Buffer::<X>::take(rows * width);
         let shared = Shared::new(&mut joint);
         product(&normed, &self.qkv, |tile| {
             let column = tile.first_column();
@@ -216,13 +216,13 @@ impl Block<'_> {
                     values.iter_mut().zip(&bias[column..]).for_each(|(value, bias)| *value += bias);
                 }
                 // SAFETY: each element is finished once.
-                unsafe { shared.part(start..start + values.len()) }.copy_from_slice(values);
+                X::store(level, values, unsafe { shared.part(start..start + values.len()) });
             }
         });
-        rotate(&mut joint, width, 0..q_heads + kv_heads, head_dim, [self.cos, self.sin], rotary);
+        rotate(level, &mut joint, width, 0..q_heads + kv_heads, head_dim, [self.cos, self.sin], rotary);
         let part = |from: usize| Rows { data: &joint[from.min(joint.len())..], stride: width };
         let inputs = Inputs { q: part(0), k: part(queries), v: part(queries + keys) };
-        let mut attended = Buffer::<f32>::take(rows * queries);
+        let mut attended = Buffer::<X>::take(rows * queries);
         attention(&self.params, &self.step, &inputs, pool, scales, &mut attended).map_err(Fault::invalid)?;
         let attended = Prepared::of(level, &attended, &self.output);
         linear_prepared(&attended, &self.output, Epilogue { bias: None, residual: Some(x) }, y);
