@@ -32,8 +32,13 @@ use tile::{BLOCK_TOKENS, Tile};
 /// imports with these kernels.
 pub const LAYOUT: &str = "torus-cpu-paged-1";
 
-/// Query rows of a tile at most.
-const TILE_ROWS: usize = 12;
+/// Query rows that products take at once, at most: a strip.
+const STRIP_ROWS: usize = 12;
+/// Strips of a tile, which share each block of keys and values while it is in the cache.
+const STRIPS: usize = 4;
+
+/// Tasks for each thread, at least, as far as the sequences are long enough: so many that they end at about the same time.
+const TASKS_PER_THREAD: usize = 8;
 
 /// What attention computes, beside its tensors.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -183,34 +188,38 @@ fn attend<X: Element, Y: Element, K: KvElement>(
     out: &mut [Y],
 ) {
     let items = items(params, step);
-    let rows_of = TILE_ROWS * (params.head_dim + 2);
     let splits = splits(&items, step);
-    let mut partials = Buffer::<f32>::take(if splits > 1 { items.len() * splits * rows_of } else { 0 });
+    let saved = STRIPS * Partial::saved(params.head_dim);
+    let mut partials = Buffer::<f32>::take(if splits > 1 { items.len() * splits * saved } else { 0 });
     let shared = Shared::new(out);
     let parts = Shared::new(&mut partials);
     let level = level();
     parallel_for(items.len() * splits, |index| {
         let tile = Tile::new(params, step, &items[index / splits], pool, scales);
-        let mut partial = Partial::new(tile.rows(), params.head_dim);
+        let mut strips = tile.strips();
         let mut q = Buffer::<K::Compute>::take(tile.rows() * params.head_dim);
         load_queries(&tile, params, queries, &mut q);
-        tile.attend(level, &q, tile.part(index % splits, splits), &mut partial);
+        tile.attend(level, &q, tile.part(index % splits, splits), &mut strips);
         if splits == 1 {
-            finish(&tile, params, &partial, &shared);
+            finish(&tile, params, &strips, &shared);
         } else {
             // SAFETY: each index comes once.
-            partial.save(unsafe { parts.part(index * rows_of..(index + 1) * rows_of) }, params.head_dim);
+            let to = unsafe { parts.part(index * saved..(index + 1) * saved) };
+            for (strip, to) in strips.iter().zip(to.chunks_exact_mut(saved / STRIPS)) {
+                strip.save(to, params.head_dim);
+            }
         }
     });
     if splits > 1 {
-        for (index, item) in items.iter().enumerate() {
+        for (item, parts) in items.iter().zip(partials.chunks_exact(splits * saved)) {
             let tile = Tile::new(params, step, item, pool, scales);
-            let mut merged = Partial::new(tile.rows(), params.head_dim);
-            for split in 0..splits {
-                let part = &partials[(index * splits + split) * rows_of..][..rows_of];
-                merged.merge(part, tile.rows(), params.head_dim);
+            let mut strips = tile.strips();
+            for part in parts.chunks_exact(saved) {
+                for (strip, part) in strips.iter_mut().zip(part.chunks_exact(saved / STRIPS)) {
+                    strip.merge(part, params.head_dim);
+                }
             }
-            finish(&tile, params, &merged, &shared);
+            finish(&tile, params, &strips, &shared);
         }
     }
 }
@@ -228,11 +237,16 @@ pub(crate) struct Item {
 // SAFETY: numbers.
 unsafe impl Plain for Item {}
 
+/// Rows of a tile's strips but for the last: whole tokens, so that they differ little in what they see, unless one token
+/// has more heads.
+fn strip_rows(group: usize) -> usize {
+    if group > STRIP_ROWS { STRIP_ROWS } else { STRIP_ROWS / group * group }
+}
+
 /// All tiles of a step, those of late tokens, which see most, first.
 fn items(params: &Params, step: &Step<'_>) -> Buffer<Item> {
     let group = params.q_heads / params.kv_heads;
-    // Whole tokens, so that the rows of a tile differ little in what they see, unless one token has more heads.
-    let tile_rows = if group > TILE_ROWS { TILE_ROWS } else { TILE_ROWS / group * group };
+    let tile_rows = STRIPS * strip_rows(group);
     let rows_of = |seq: usize| (step.cu_q_lens[seq + 1] - step.cu_q_lens[seq]) as usize * group;
     let count: usize = (0..step.num_seqs).map(|seq| rows_of(seq).div_ceil(tile_rows)).sum();
     let mut items = Buffer::<Item>::take(count * params.kv_heads);
@@ -254,11 +268,11 @@ fn items(params: &Params, step: &Step<'_>) -> Buffer<Item> {
 /// Into how many parts each sequence is cut, so that all threads have work.
 fn splits(items: &[Item], step: &Step<'_>) -> usize {
     let threads = threads();
-    if threads == 1 || items.len() >= 4 * threads || items.is_empty() {
+    if threads == 1 || items.len() >= TASKS_PER_THREAD * threads || items.is_empty() {
         return 1;
     }
     let longest = step.kv_lens[..step.num_seqs].iter().max().map_or(0, |len| *len as usize);
-    (4 * threads).div_ceil(items.len()).min(longest.div_ceil(BLOCK_TOKENS)).max(1)
+    (TASKS_PER_THREAD * threads).div_ceil(items.len()).min(longest.div_ceil(BLOCK_TOKENS)).max(1)
 }
 
 /// Queries `[rows, head_dim]`, times the softmax's factor.
@@ -285,12 +299,13 @@ fn load_queries<X: Element, C: pages::Compute>(
 }
 
 /// Divides by the totals, and rounds.
-fn finish<Y: Element>(tile: &Tile<'_, impl KvElement>, params: &Params, partial: &Partial, out: &Shared<'_, Y>) {
+fn finish<Y: Element>(tile: &Tile<'_, impl KvElement>, params: &Params, strips: &[Partial], out: &Shared<'_, Y>) {
     let (level, mut values) = (level(), Buffer::<f32>::take(params.head_dim));
     for row in 0..tile.rows() {
         let (token, head) = tile.place(row);
-        let sums = &partial.sums[row * params.head_dim..][..params.head_dim];
-        let factor = 1.0 / partial.totals[row];
+        let (strip, row) = (&strips[row / tile.strip_rows()], row % tile.strip_rows());
+        let sums = &strip.sums[row * params.head_dim..][..params.head_dim];
+        let factor = 1.0 / strip.totals[row];
         values.iter_mut().zip(sums).for_each(|(value, sum)| *value = sum * factor);
         let start = (token * params.q_heads + head) * params.head_dim;
         // SAFETY: each query row belongs to one tile, which is finished once.

@@ -6,7 +6,7 @@
 use std::arch::x86_64::*;
 
 use super::{
-    TILE_ROWS,
+    STRIP_ROWS,
     pages::{Compute, GROUP},
     tile::BLOCK_TOKENS,
 };
@@ -154,7 +154,7 @@ fn pairs(bits: __m512i) -> __m512bh {
 }
 
 pub(super) fn scores<C: Compute>(q: &[C], rows: usize, head_dim: usize, groups: &[&[C]], out: &mut [f32]) {
-    assert!((1..=TILE_ROWS).contains(&rows) && q.len() >= rows * head_dim && out.len() >= rows * BLOCK_TOKENS);
+    assert!((1..=STRIP_ROWS).contains(&rows) && q.len() >= rows * head_dim && out.len() >= rows * BLOCK_TOKENS);
     assert!(groups.len() * GROUP <= BLOCK_TOKENS && groups.iter().all(|group| group.len() == 2 * GROUP * head_dim));
     assert!(head_dim.is_multiple_of(16));
     let q = q.as_ptr();
@@ -185,7 +185,7 @@ pub(super) fn scores<C: Compute>(q: &[C], rows: usize, head_dim: usize, groups: 
 }
 
 pub(super) fn weighted<C: Compute>(weights: &[C], rows: usize, head_dim: usize, groups: &[&[C]], sums: &mut [f32]) {
-    assert!((1..=TILE_ROWS).contains(&rows) && weights.len() >= rows * BLOCK_TOKENS && sums.len() >= rows * head_dim);
+    assert!((1..=STRIP_ROWS).contains(&rows) && weights.len() >= rows * BLOCK_TOKENS && sums.len() >= rows * head_dim);
     assert!(groups.len() * GROUP <= BLOCK_TOKENS && groups.iter().all(|group| group.len() == 2 * GROUP * head_dim));
     assert!(head_dim.is_multiple_of(16));
     let mut values = [std::ptr::null(); BLOCK_TOKENS / GROUP];

@@ -5,39 +5,44 @@
 
 use std::{f32::consts::LOG2_E, ops::Range};
 
-use super::{Params, TILE_ROWS, pages::Compute, tile::BLOCK_TOKENS};
+use super::{Params, STRIP_ROWS, pages::Compute, tile::BLOCK_TOKENS};
 use crate::{Level, activations::for_levels, math::exp2, workspace::Buffer};
 
-/// The running softmax of a tile's rows.
+/// The running softmax of a strip of rows.
 pub(super) struct Partial {
     /// `[rows, head_dim]`: values weighted relative to the peak.
     pub sums: Buffer<f32>,
     /// Largest score so far, times log2(e).
-    pub peaks: [f32; TILE_ROWS],
+    pub peaks: [f32; STRIP_ROWS],
     /// Sum of the weights.
-    pub totals: [f32; TILE_ROWS],
+    pub totals: [f32; STRIP_ROWS],
 }
 
 impl Partial {
     /// Of nothing yet.
     pub fn new(rows: usize, head_dim: usize) -> Self {
         let sums = Buffer::zeroed(rows * head_dim);
-        Self { sums, peaks: [f32::NEG_INFINITY; TILE_ROWS], totals: [0.0; TILE_ROWS] }
+        Self { sums, peaks: [f32::NEG_INFINITY; STRIP_ROWS], totals: [0.0; STRIP_ROWS] }
+    }
+
+    /// Elements that [`Self::save`] takes.
+    pub fn saved(head_dim: usize) -> usize {
+        STRIP_ROWS * (head_dim + 2)
     }
 
     /// Writes sums, peaks and totals one after the other.
     pub fn save(&self, out: &mut [f32], head_dim: usize) {
-        let (sums, rest) = out.split_at_mut(TILE_ROWS * head_dim);
+        let (sums, rest) = out.split_at_mut(STRIP_ROWS * head_dim);
         sums[..self.sums.len()].copy_from_slice(&self.sums);
-        rest[..TILE_ROWS].copy_from_slice(&self.peaks);
-        rest[TILE_ROWS..].copy_from_slice(&self.totals);
+        rest[..STRIP_ROWS].copy_from_slice(&self.peaks);
+        rest[STRIP_ROWS..].copy_from_slice(&self.totals);
     }
 
     /// Takes a saved part in.
-    pub fn merge(&mut self, part: &[f32], rows: usize, head_dim: usize) {
-        let (sums, rest) = part.split_at(TILE_ROWS * head_dim);
-        for row in 0..rows {
-            let (peak, total) = (rest[row], rest[TILE_ROWS + row]);
+    pub fn merge(&mut self, part: &[f32], head_dim: usize) {
+        let (sums, rest) = part.split_at(STRIP_ROWS * head_dim);
+        for row in 0..self.sums.len() / head_dim {
+            let (peak, total) = (rest[row], rest[STRIP_ROWS + row]);
             if peak == f32::NEG_INFINITY {
                 continue;
             }

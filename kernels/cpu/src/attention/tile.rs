@@ -3,10 +3,11 @@
 use std::ops::Range;
 
 use super::{
-    Item, Params, Step, TILE_ROWS,
+    Item, Params, STRIP_ROWS, STRIPS, Step,
     pages::{Compute, GROUP, KvElement, PoolShape},
     portable,
     softmax::{self, Partial},
+    strip_rows,
 };
 use crate::{Level, workspace::Buffer};
 
@@ -37,6 +38,21 @@ impl<'a, K: KvElement> Tile<'a, K> {
 
     pub fn rows(&self) -> usize {
         self.item.rows as usize
+    }
+
+    pub fn strip_rows(&self) -> usize {
+        strip_rows(self.group)
+    }
+
+    /// The softmax of each strip, of nothing yet.
+    pub fn strips(&self) -> [Partial; STRIPS] {
+        std::array::from_fn(|strip| Partial::new(self.strip(strip).len(), self.params.head_dim))
+    }
+
+    /// The rows of a strip.
+    fn strip(&self, strip: usize) -> Range<usize> {
+        let row = |strip: usize| (strip * self.strip_rows()).min(self.rows());
+        row(strip)..row(strip + 1)
     }
 
     /// The token of a row among those of the sequence, and its query head.
@@ -77,8 +93,8 @@ impl<'a, K: KvElement> Tile<'a, K> {
     }
 
     /// Attends to the positions of `range`.
-    pub fn attend(&self, level: Level, q: &[K::Compute], range: Range<usize>, out: &mut Partial) {
-        let (rows, head_dim) = (self.rows(), self.params.head_dim);
+    pub fn attend(&self, level: Level, q: &[K::Compute], range: Range<usize>, out: &mut [Partial]) {
+        let (rows, head_dim) = (STRIP_ROWS.min(self.rows()), self.params.head_dim);
         let mut scores = Buffer::<f32>::take(rows * BLOCK_TOKENS);
         let mut weights = Buffer::<K::Compute>::take(rows * BLOCK_TOKENS);
         let room = if K::SCALED { BLOCK_GROUPS * 2 * GROUP * head_dim } else { 0 };
@@ -102,29 +118,37 @@ impl<'a, K: KvElement> Tile<'a, K> {
                 };
             }
             let blocks = &blocks[..groups];
-            products::<K::Compute>(level).0(q, rows, head_dim, blocks, &mut scores);
-            self.softmax(level, start..end, &mut scores, &mut weights, out);
-            products::<K::Compute>(level).1(&weights, rows, head_dim, blocks, &mut out.sums);
+            for (strip, out) in out.iter_mut().enumerate() {
+                let strip = self.strip(strip);
+                if strip.is_empty() || self.seen(strip.end - 1).end <= start || self.seen(strip.start).start >= end {
+                    continue;
+                }
+                let (q, rows) = (&q[strip.start * head_dim..], strip.len());
+                products::<K::Compute>(level).0(q, rows, head_dim, blocks, &mut scores);
+                self.softmax(level, strip, start..end, &mut scores, &mut weights, out);
+                products::<K::Compute>(level).1(&weights, rows, head_dim, blocks, &mut out.sums);
+            }
             start = end;
         }
     }
 
-    /// Turns scores into weights relative to the rows' peaks, and the sums so far with them.
+    /// Turns a strip's scores into weights relative to the rows' peaks, and the sums so far with them.
     fn softmax(
         &self,
         level: Level,
+        strip: Range<usize>,
         block: Range<usize>,
         scores: &mut [f32],
         weights: &mut [K::Compute],
         out: &mut Partial,
     ) {
-        let mut visible = [const { 0..0 }; TILE_ROWS];
-        for (row, visible) in visible.iter_mut().enumerate().take(self.rows()) {
+        let mut visible = [const { 0..0 }; STRIP_ROWS];
+        for (row, visible) in strip.clone().zip(&mut visible) {
             let seen = self.seen(row);
             let inside = |position: usize| position.clamp(block.start, block.end) - block.start;
             *visible = inside(seen.start)..inside(seen.end);
         }
-        softmax::weigh(level, scores, &visible[..self.rows()], self.params, out, weights);
+        softmax::weigh(level, scores, &visible[..strip.len()], self.params, out, weights);
     }
 }
 
