@@ -24,6 +24,9 @@ pub(crate) struct FlightRow {
     pub end: usize,
 }
 
+/// Prompt tokens that a step with decoding sequences may always compute.
+const MIXED_PREFILL_MIN: usize = 4;
+
 /// Continuous batching over a pool of pages.
 #[derive(Debug)]
 pub struct Scheduler {
@@ -120,9 +123,9 @@ impl Scheduler {
     }
 
     /// Limits the prompt tokens of steps in which others decode, so that these do not wait long for their next tokens. At
-    /// least a page of them is computed, or prompts would never end.
+    /// least a few of them are computed, or prompts would never end.
     pub fn limit_mixed_prefill(&mut self, tokens: usize) {
-        self.mixed_prefill_max = tokens.max(self.config.page_size);
+        self.mixed_prefill_max = tokens.max(MIXED_PREFILL_MIN);
     }
 
     /// The next step, if there is anything to compute and room for one more in flight.

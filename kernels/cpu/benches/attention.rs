@@ -1,5 +1,5 @@
 //! Attention over bf16 pages at two threads: how near decoding comes to adding up the pages' bytes, and how near prompts
-//! come to the peak of arithmetic. Arguments: `decode` or `prefill`; both without.
+//! come to the peak of arithmetic. Arguments: `decode`, `prefill`, or names of cases such as `1x16@4096`; all without.
 
 #![expect(clippy::unwrap_used, reason = "a bench that cannot go on ends")]
 
@@ -19,6 +19,18 @@ const PARAMS: Params =
 /// Layers, each with a pool, so that no cache holds them all.
 const LAYERS: usize = 30;
 const ROUNDS: usize = 9;
+/// Sequences, new tokens of each, tokens of each.
+const CASES: [(usize, usize, usize); 9] = [
+    (1, 1, 128),
+    (1, 1, 4096),
+    (8, 1, 576),
+    (32, 1, 576),
+    (8, 1, 2048),
+    (1, 512, 512),
+    (1, 16, 4096),
+    (1, 128, 4096),
+    (1, 512, 4096),
+];
 
 /// Sequences of as many tokens, of which the last `new` are the step's, in pages that lie scattered.
 struct World {
@@ -111,16 +123,12 @@ fn measure(seqs: usize, new: usize, len: usize) {
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with('-')).collect();
-    let wanted = |name: &str| arguments.is_empty() || arguments.iter().any(|argument| argument == name);
     support::start_threads();
-    if wanted("decode") {
-        for (seqs, len) in [(1, 128), (1, 4096), (8, 576), (32, 576), (8, 2048)] {
-            measure(seqs, 1, len);
-        }
-    }
-    if wanted("prefill") {
-        for (new, len) in [(512, 512), (16, 4096), (128, 4096), (512, 4096)] {
-            measure(1, new, len);
+    for (seqs, new, len) in CASES {
+        let name = format!("{seqs}x{new}@{len}");
+        let kind = if new == 1 { "decode" } else { "prefill" };
+        if arguments.is_empty() || arguments.iter().any(|argument| *argument == name || argument == kind) {
+            measure(seqs, new, len);
         }
     }
 }
