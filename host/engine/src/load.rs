@@ -148,6 +148,7 @@ pub(crate) fn load(config: &EngineConfig, shared: &Shared) -> Result<Loaded, Sta
         weights: WeightMap::new(&weights, &description.weights),
         max_running: plan.max_running as u64,
         runs_kernels,
+        own_kernels: runs_kernels && config.cpu_kernels,
         description,
     };
     let key = cache_key(config, &target)?;

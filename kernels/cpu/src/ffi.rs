@@ -7,6 +7,7 @@
 pub mod attention;
 mod blocks;
 mod profile;
+pub mod sampling;
 
 use half::bf16;
 use torus_abi::{
@@ -70,6 +71,11 @@ pub fn attention_block(dtype: DType, kv_dtype: DType) -> Option<String> {
     Some(target(names[cache_index(kv_dtype)?]))
 }
 
+/// The target of [`sampling`]; what goes in and comes out is said at [`sampling::Sample`].
+pub fn sample() -> String {
+    target(<sampling::Sample as Kernel>::NAME)
+}
+
 fn cache_index(kv_dtype: DType) -> Option<usize> {
     [DType::F32, DType::Bf16, DType::I8].iter().position(|known| *known == kv_dtype)
 }
@@ -93,6 +99,7 @@ impl KernelList for Kernels {
         Entry::new::<Self, attention::AttentionBlock<Bf16, f32>>(),
         Entry::new::<Self, attention::AttentionBlock<Bf16, Bf16>>(),
         Entry::new::<Self, attention::AttentionBlock<Bf16, i8>>(),
+        Entry::new::<Self, sampling::Sample>(),
     ];
 }
 

@@ -20,6 +20,7 @@ mod linear;
 pub mod math;
 pub mod packed;
 pub mod rotary;
+pub mod sampling;
 mod shared;
 pub mod workspace;
 

@@ -87,6 +87,32 @@ pub(crate) fn exp2(x: f32) -> f32 {
     if x < -126.0 { 0.0 } else { value }
 }
 
+/// The natural logarithm of a positive normal number, to within about 2 units in the last place (Cephes, logf).
+#[inline(always)]
+pub(crate) fn ln(x: f32) -> f32 {
+    const SQRT_HALF: u32 = 0x3f35_04f3;
+    // x = 2^n m with m between the roots of 1/2 and of 2.
+    let shifted = x.to_bits().wrapping_sub(SQRT_HALF);
+    let n = (shifted as i32 >> 23) as f32;
+    let m = f32::from_bits((shifted & 0x007f_ffff).wrapping_add(SQRT_HALF)) - 1.0;
+    let terms = [
+        7.037_684e-2f32,
+        -1.151_461e-1,
+        1.167_699_9e-1,
+        -1.242_014_1e-1,
+        1.424_932_3e-1,
+        -1.666_805_7e-1,
+        2.000_071_5e-1,
+        -2.499_999_4e-1,
+        3.333_333e-1,
+    ];
+    let p = terms[1..].iter().fold(terms[0], |p, term| p * m + term);
+    let square = m * m;
+    // ln(2) in two parts, the first of which times n is exact.
+    let low = p * m * square + n * -2.121_944_4e-4 - 0.5 * square;
+    m + low + n * 0.693_359_4
+}
+
 /// GELU by its tanh approximation (Hendrycks and Gimpel, 2016).
 #[inline(always)]
 fn gelu_tanh(x: f32) -> f32 {
@@ -137,6 +163,18 @@ mod tests {
         assert_eq!((exp2(f32::NEG_INFINITY), exp2(-1e30), exp2(f32::INFINITY)), (0.0, 0.0, f32::INFINITY));
         assert!((-126..128).all(|n| exp2(n as f32) == 2f32.powi(n)));
         assert!(exp2(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn ln_is_within_units_in_the_last_place() {
+        let errors = (1..400_000).map(|i| {
+            let x = (i as f32 * 1e-3).exp2() * 2f32.powi(-100) + i as f32 * 1e-6;
+            let exact = f64::from(x).ln();
+            (f64::from(ln(x)) - exact).abs() / exact.abs().max(1e-3)
+        });
+        assert!(errors.fold(0.0, f64::max) < 3e-7);
+        let close = 1.0 - 0.5f32.powi(24);
+        assert!((ln(close) / -0.5f32.powi(24) - 1.0).abs() < 1e-6 && ln(1.0) == 0.0);
     }
 
     #[test]

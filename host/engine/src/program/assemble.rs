@@ -18,7 +18,7 @@ use torus_plugins::{
 };
 
 use super::{Field, Rows, StepLayout, WeightMap, imports, native::Native};
-use crate::sampling::{RowParameters, SamplingInputs, sample};
+use crate::sampling::{RowParameters, SamplingInputs, sample, sample_natively};
 
 /// Everything that programs of one engine have in common.
 pub(crate) struct Assembler {
@@ -32,6 +32,8 @@ pub(crate) struct Assembler {
     pub max_running: u64,
     /// Whether the device can call native kernels of plugins.
     pub runs_kernels: bool,
+    /// Whether to call the host's own where it has some.
+    pub own_kernels: bool,
 }
 
 /// A program's text and how its step buffer is laid out.
@@ -273,7 +275,7 @@ impl Parts<'_> {
         scope.call(func, self.head, "head")?;
         let logits = scope.require(Operand::Logits, self.head, "head")?.named(&[ROWS, VOCAB]);
         let slots = packed.get(Field::Slots, ROWS);
-        let sampled = sample(&SamplingInputs {
+        let inputs = SamplingInputs {
             logits,
             slots,
             bias_slots: packed.get(Field::BiasSlots, ROWS),
@@ -282,7 +284,8 @@ impl Parts<'_> {
             allowed: arrays.allowed,
             rows: packed.row_parameters(),
             flags: packed.scalar(Field::Flags),
-        });
+        };
+        let sampled = if self.assembler.own_kernels { sample_natively(&inputs, num_rows) } else { sample(&inputs) };
         let mut results = Vec::new();
         for meaning in &pools {
             results.push(scope.require(meaning.clone(), self.hidden, "hidden")?);

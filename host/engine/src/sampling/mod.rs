@@ -6,14 +6,18 @@
 //!
 //! top-k and top-p find their threshold by bisection over the bits of the logits instead of sorting the vocabulary:
 //! 32 passes over the row, exact, ties included.
+//!
+//! On a CPU one native kernel does the same ([`sample_natively`]).
 
 mod graph;
+mod native;
 mod random;
 #[cfg(test)]
 mod tests;
 mod threshold;
 
-pub(crate) use graph::{RowParameters, SamplingInputs, sample};
+pub(crate) use graph::{RowParameters, Sampled, SamplingInputs, sample};
+pub(crate) use native::sample_natively;
 
 /// The count word of a token in a slot's row of `token_counts`: occurrences in the output below this bit, and this
 /// bit if the token is in the prompt.

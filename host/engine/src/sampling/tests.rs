@@ -1,4 +1,4 @@
-//! The sampling graph on the CPU plugin against a plain reference.
+//! The sampling graph and the native kernel on the CPU plugin against a plain reference.
 
 use torus_abi::DType;
 use torus_hlo::{
@@ -6,7 +6,7 @@ use torus_hlo::{
     axes::{ROWS, SLOTS, VOCAB},
 };
 
-use super::{IN_PROMPT, RowParameters, SamplingInputs, random::threefry, sample};
+use super::{IN_PROMPT, RowParameters, SamplingInputs, random::threefry, sample, sample_natively};
 use crate::{
     program::{flag, result},
     testing::{Array, run},
@@ -118,8 +118,25 @@ impl Row {
     }
 }
 
-/// Runs the graph over rows, each in a slot of its own, in reverse order of slots.
+/// Samples rows, each in a slot of its own, in reverse order of slots: by the graph and by the kernel, which must agree.
 fn run_rows(rows: &[Row], flags: i32) -> Vec<Vec<i32>> {
+    let [graph, kernel] = [false, true].map(|natively| run_one(rows, flags, natively));
+    for (graph, kernel) in graph.iter().zip(&kernel) {
+        assert_eq!(graph[result::BAD], kernel[result::BAD]);
+        if graph[result::BAD] == 0 {
+            assert_eq!(graph[result::TOKEN], kernel[result::TOKEN]);
+            let tops = result::TOP_TOKENS..result::TOP_LOGPROBS;
+            assert_eq!(graph[tops.clone()], kernel[tops]);
+            for word in (result::TOP_LOGPROBS..result::WIDTH).chain([result::LOGPROB]) {
+                let [one, other] = [graph, kernel].map(|row| f32::from_bits(row[word] as u32));
+                assert!((one - other).abs() < 1e-5, "{one} and {other}");
+            }
+        }
+    }
+    kernel
+}
+
+fn run_one(rows: &[Row], flags: i32, natively: bool) -> Vec<Vec<i32>> {
     let count = rows.len();
     let words = VOCABULARY.div_ceil(32);
     let (n, v) = (count as u64, VOCABULARY as u64);
@@ -149,7 +166,9 @@ fn run_rows(rows: &[Row], flags: i32) -> Vec<Vec<i32>> {
             },
             flags: argument(DType::I32, &[]),
         };
-        vec![sample(&inputs).result]
+        let sampled =
+            if natively { sample_natively(&inputs, f.scalar(DType::I32, count as i64)) } else { sample(&inputs) };
+        vec![sampled.result]
     });
     let text = torus_hlo::module_text("sampling", 1, &builder.finish().unwrap().functions);
     let slots = || rows.iter().rev();

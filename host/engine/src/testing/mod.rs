@@ -48,6 +48,7 @@ fn client() -> &'static Client {
     static CLIENT: OnceLock<Client> = OnceLock::new();
     CLIENT.get_or_init(|| {
         let plugin = Plugin::load(pjrt_plugin()).unwrap();
+        crate::kernels::register_host_kernels(&plugin).unwrap();
         Client::new(&plugin, &[("cpu_device_count".to_owned(), OptionValue::Int(1))]).unwrap()
     })
 }
