@@ -13,6 +13,7 @@
 
 pub mod activations;
 pub mod attention;
+pub mod bench;
 mod error;
 pub mod ffi;
 mod level;
