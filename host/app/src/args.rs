@@ -58,6 +58,69 @@ pub enum BenchCommand {
     Step(Box<StepBenchArgs>),
     /// Measure what the host alone costs: scheduling, packing, streaming, the prefix cache
     Host(HostBenchArgs),
+    /// Time the CPU's kernels alone, each beside what bounds it: a plain sum over the same bytes, or arithmetic
+    Kernels(KernelBenchArgs),
+}
+
+/// Options of `torus bench kernels`. The sizes are SmolLM2-135M's where none are given.
+#[derive(Debug, clap::Args)]
+pub struct KernelBenchArgs {
+    /// How weights are stored
+    #[arg(long, value_name = "FORMAT", num_args = 1.., value_delimiter = ',', default_values = ["bf16", "q8", "q4min"],
+        help_heading = "Cases")]
+    pub formats: Vec<KernelFormat>,
+    /// Rows of activations
+    #[arg(long, value_name = "N", num_args = 1.., value_delimiter = ',', default_values_t = [1, 8, 32, 512],
+        help_heading = "Cases")]
+    pub rows: Vec<usize>,
+    /// Tokens of each sequence that attends
+    #[arg(long, value_name = "TOKENS", num_args = 1.., value_delimiter = ',', default_values_t = [128, 576, 4096],
+        help_heading = "Cases")]
+    pub context: Vec<usize>,
+    /// Rounds; the middle one counts
+    #[arg(long, value_name = "N", default_value_t = 9, help_heading = "Cases")]
+    pub rounds: usize,
+    #[arg(long, value_name = "N", default_value_t = 576, help_heading = "Model")]
+    pub hidden: usize,
+    #[arg(long, value_name = "N", default_value_t = 1536, help_heading = "Model")]
+    pub intermediate: usize,
+    #[arg(long, value_name = "N", default_value_t = 30, help_heading = "Model")]
+    pub layers: usize,
+    #[arg(long, value_name = "N", default_value_t = 9, help_heading = "Model")]
+    pub q_heads: usize,
+    #[arg(long, value_name = "N", default_value_t = 3, help_heading = "Model")]
+    pub kv_heads: usize,
+    #[arg(long, value_name = "N", default_value_t = 64, help_heading = "Model")]
+    pub head_dim: usize,
+    /// Tokens in a page of KV
+    #[arg(long, value_name = "TOKENS", default_value_t = 16, help_heading = "Model")]
+    pub page_size: usize,
+    /// Threads [default: as many as affinity and cgroup allow]
+    #[arg(long, value_name = "N", value_parser = values::positive, help_heading = "Device")]
+    pub threads: Option<usize>,
+    /// Print JSON
+    #[arg(long, help_heading = "Output")]
+    pub json: bool,
+}
+
+/// `torus bench kernels --formats`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum KernelFormat {
+    F32,
+    Bf16,
+    F16,
+    /// Bytes in blocks of 32 (GGUF Q8_0)
+    Q8,
+    /// Half bytes (Q4_0)
+    Q4,
+    /// Half bytes with a minimum (Q4_1, Q4_K)
+    Q4min,
+    /// Five bits (Q5_0)
+    Q5,
+    /// Five bits with a minimum (Q5_1, Q5_K)
+    Q5min,
+    /// Six bits in blocks of 256 (Q6_K)
+    Q6,
 }
 
 /// Options of `torus bench host`.

@@ -10,6 +10,7 @@
 
 mod args;
 mod bench_host;
+mod bench_kernels;
 mod bench_step;
 mod cache_dir;
 mod check_env;
@@ -94,6 +95,7 @@ fn run(command: Command, limits: &Limits) -> anyhow::Result<ExitCode> {
         Command::Bench(BenchCommand::OverHttp(bench)) => torus_bench::run(bench).map(|()| ExitCode::SUCCESS),
         Command::Bench(BenchCommand::Step(args)) => bench_step::run(&args, limits),
         Command::Bench(BenchCommand::Host(args)) => bench_host::run(&args),
+        Command::Bench(BenchCommand::Kernels(args)) => bench_kernels::run(&args, limits),
         Command::Version => {
             println!("{}", version::describe());
             Ok(ExitCode::SUCCESS)

@@ -31,6 +31,7 @@ fn help_texts() {
     expect_file!["help/bench-compare.txt"].assert_eq(&help(&["bench", "compare"]));
     expect_file!["help/bench-step.txt"].assert_eq(&help(&["bench", "step"]));
     expect_file!["help/bench-host.txt"].assert_eq(&help(&["bench", "host"]));
+    expect_file!["help/bench-kernels.txt"].assert_eq(&help(&["bench", "kernels"]));
     expect_file!["help/bench-interference.txt"].assert_eq(&help(&["bench", "interference"]));
 }
 
