@@ -109,7 +109,7 @@ async fn measure(
     }
     bar.finish_and_clear();
     let Trace { mut steps, prefill, parts } = trace;
-    ensure!(!steps.is_empty(), "no step decoded {batch_size} tokens: give more --steps");
+    ensure!(!steps.is_empty(), "no step decoded {batch_size} tokens: give more --steps, or --prefill-slowdown inf");
     steps.sort_by(f64::total_cmp);
     sums.sort_by(f64::total_cmp);
     let count = steps.len() as f64;

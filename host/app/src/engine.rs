@@ -36,6 +36,7 @@ pub struct MemoryClaim {
 impl Machine {
     pub fn new(args: &EngineArgs, limits: &Limits) -> anyhow::Result<Self> {
         let (args, cache) = (&args.device, CacheDir::new(args.device.cache_dir.as_deref())?);
+        torus_plugins::pin_kernel_threads(args.pin_threads == Switch::On);
         let config = DeviceConfig {
             platform: match args.device {
                 Device::Cpu => Platform::Cpu,

@@ -80,6 +80,10 @@ pub struct DeviceArgs {
     /// Threads that compute on a CPU [default: as CPU affinity and the cgroup allow]
     #[arg(long, value_name = "N", value_parser = positive)]
     pub threads: Option<usize>,
+    /// Whether each thread of the kernels keeps to one CPU, where there are as many; 'off' where others compute on the
+    /// same CPUs
+    #[arg(long, value_name = "WHEN", default_value = "on")]
+    pub pin_threads: Switch,
     /// Whether a CPU computes with the native kernels, or with XLA's code alone
     #[arg(long, value_name = "WHEN", default_value = "on")]
     pub cpu_kernels: Switch,
