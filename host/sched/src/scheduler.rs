@@ -122,10 +122,18 @@ impl Scheduler {
         Ok(())
     }
 
-    /// Limits the prompt tokens of steps in which others decode, so that these do not wait long for their next tokens. At
-    /// least a few of them are computed, or prompts would never end.
+    /// Limits the prompt tokens of steps in which others decode, so that these do not wait long for their next tokens,
+    /// unless more wait for their first. At least a few of them are computed, or prompts would never end.
     pub fn limit_mixed_prefill(&mut self, tokens: usize) {
         self.mixed_prefill_max = tokens.max(MIXED_PREFILL_MIN);
+    }
+
+    /// The limit beside so many that decode. Where more wait for their first token than for the next, it is as many times
+    /// higher: nobody waits long for few, and a burst of prompts is not computed in small pieces.
+    fn mixed_prefill_limit(&self, decodes: usize) -> usize {
+        let prefills = self.running.iter().filter(|id| self.sequences.get(id).is_some_and(|s| !s.decodes())).count();
+        let waiting = self.queue.len() + prefills;
+        self.mixed_prefill_max.saturating_mul((waiting / decodes).max(1))
     }
 
     /// The next step, if there is anything to compute and room for one more in flight.
@@ -141,7 +149,7 @@ impl Scheduler {
         if self.config.mixed {
             self.add_decodes(&mut plan);
             if !plan.rows.is_empty() {
-                plan.prefill_budget = plan.prefill_budget.min(self.mixed_prefill_max);
+                plan.prefill_budget = plan.prefill_budget.min(self.mixed_prefill_limit(plan.rows.len()));
             }
             self.add_prefills(&mut plan);
         } else if self.last_was_prefill {
