@@ -342,7 +342,7 @@ fn cast_name(from: Elem, to: Elem) -> &'static str {
     }
 }
 
-/// MLIR's numbers of the comparisons. For floats those that are false for NaN, but "not equal".
+/// MLIR's numbers of the comparisons. For floats those that are false for NaN.
 fn float_predicate(predicate: Predicate) -> u32 {
     match predicate {
         Predicate::Eq => 1,
@@ -350,7 +350,7 @@ fn float_predicate(predicate: Predicate) -> u32 {
         Predicate::Ge => 3,
         Predicate::Lt => 4,
         Predicate::Le => 5,
-        Predicate::Ne => 13,
+        Predicate::Ne => 6,
     }
 }
 

@@ -168,9 +168,11 @@ impl<'k> Value<'k> {
         self.compare(Predicate::Eq, other)
     }
 
+    /// True for NaN, as usual.
     #[track_caller]
     pub fn ne(self, other: impl IntoValue<'k>) -> Value<'k> {
-        self.compare(Predicate::Ne, other)
+        // Of floats the compiler knows only comparisons that are false for NaN.
+        if self.elem().is_float() { !self.eq(other) } else { self.compare(Predicate::Ne, other) }
     }
 
     /// `on_true` where this mask holds, else `on_false`. A scalar condition chooses between whole vectors.

@@ -88,7 +88,8 @@ pub fn ds_dynamic<'k>(start: impl Into<Number<'k>>, size: Value<'k>) -> Dim<'k> 
     Dim::Dynamic { start: start.into(), size }
 }
 
-/// `size` elements from `start`, each `stride` after the one before: for loads and stores.
+/// `size` elements from `start`, each `stride` after the one before: for loads and stores of memories of 32-bit elements
+/// whose last axis has 128 lanes, along any other axis.
 pub fn strided<'k>(start: impl Into<Number<'k>>, size: usize, stride: usize) -> Dim<'k> {
     Dim::Strided { start: start.into(), size, stride }
 }

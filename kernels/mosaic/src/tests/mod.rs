@@ -1,3 +1,4 @@
 mod kernels;
+mod ops;
 mod support;
 mod tpu;
