@@ -49,16 +49,16 @@ impl<'k> Value<'k> {
         let (lhs_axis, rhs_axis) = contract.axes();
         let product = Product { lhs_axis, rhs_axis, exact };
         let kind = OpKind::Matmul(product);
-        let (a, b) = (self.ty(), rhs.ty());
-        let result = match product_type(product, &a, &b) {
+        let (Some(a), Some(b)) = (self.id(), rhs.id()) else { return Value::poisoned(self.k) };
+        let result = match product_type(product, &self.ty(), &rhs.ty()) {
             Ok(result) => result,
-            Err(reason) => {
-                let ids: Option<Vec<_>> = [self, rhs].iter().map(Value::id).collect();
-                return ids.map_or(Value::poisoned(self.k), |ids| self.k.fail(kind.name(), &ids, reason));
-            }
+            Err(reason) => return self.k.fail(kind.name(), &[a, b], reason),
         };
         let zero = Reduction::Sum.neutral(result.elem().unwrap_or(Elem::F32));
-        let acc = acc.unwrap_or_else(|| self.k.constant(result.clone(), zero));
+        let acc = match acc {
+            Some(acc) => acc,
+            None => self.k.constant(result.clone(), zero),
+        };
         self.k.value(kind, &[self, rhs, acc], |types| match types[2] == result {
             true => Ok(result),
             false => Err(format!("the sum is {result}")),

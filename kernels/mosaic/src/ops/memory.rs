@@ -115,7 +115,10 @@ impl<'k> Ref<'k> {
         let (id, reference) = (self.id()?, self.reference()?);
         let resolved = resolve(&reference, indices.into_indices());
         let reason = match resolved {
-            Ok(resolved) if resolved.dynamic.is_empty() => return Some((id, reference, resolved)),
+            Ok(resolved) if resolved.dynamic.is_empty() => match strides_fit(&reference, &resolved) {
+                Ok(()) => return Some((id, reference, resolved)),
+                Err(reason) => reason,
+            },
             Ok(_) => "sizes known at run time are for DMAs".to_owned(),
             Err(reason) => reason,
         };
@@ -144,6 +147,15 @@ fn kept_dims(resolved: &Resolved<'_>) -> Vec<usize> {
     let dims: Vec<_> = kept.filter_map(|(_, size)| *size).collect();
     // Vectors have at least one axis.
     if dims.is_empty() { vec![1] } else { dims }
+}
+
+fn strides_fit(reference: &RefType, resolved: &Resolved<'_>) -> Result<(), String> {
+    let packed = reference.elem().is_some_and(|elem| elem.packing() > 1);
+    let along_lanes = resolved.strides.last().is_some_and(|stride| *stride > 1);
+    match resolved.strides.iter().any(|stride| *stride > 1) && (packed || along_lanes) {
+        true => Err("strides are for 32-bit elements, and for all axes but the last".to_owned()),
+        false => Ok(()),
+    }
 }
 
 fn in_vmem(reference: &RefType) -> Result<(), String> {

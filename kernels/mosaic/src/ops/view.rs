@@ -206,7 +206,10 @@ impl<'k> Ref<'k> {
             Err(reason) => return k.fail_ref("ref_slice", &[id], reason),
         };
         let mut operands = vec![Some(id)];
-        operands.extend(resolved.starts.iter().map(|start| start.i32(k).id()));
+        // No closure, which would hide the caller's place.
+        for start in &resolved.starts {
+            operands.push(start.i32(k).id());
+        }
         operands.extend(resolved.dynamic.iter().map(Value::id));
         let boxed = RefType { dims: resolved.sizes.clone(), ..reference };
         let slice = k.emit(OpKind::RefSlice, &operands, Vec::new(), |types| {

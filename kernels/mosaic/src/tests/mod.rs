@@ -1,4 +1,6 @@
+mod faults;
 mod kernels;
+mod mistakes;
 mod ops;
 mod support;
 mod tpu;
