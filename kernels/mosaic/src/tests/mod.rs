@@ -2,5 +2,6 @@ mod faults;
 mod kernels;
 mod mistakes;
 mod ops;
+mod random;
 mod support;
 mod tpu;
