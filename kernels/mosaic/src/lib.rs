@@ -19,7 +19,7 @@ mod tests;
 pub use builder::Builder;
 pub use call::{CallError, CallOptions, CostEstimate};
 pub use error::BuildError;
-pub use interpret::{Array, Completion, Counters, Fault, FaultKind, Interpreter, Outcome, Place, RunError, RunOptions};
+pub use interpret::{Array, Completion, CopyRaces, Counters, Fault, FaultKind, Interpreter, Outcome, Place, RunError, RunOptions};
 pub use kernel::{Footprint, Kernel, MAX_RANK, Operand, Output};
 pub use ops::{Contract, Copy, Dim, IntoIndices, ds, ds_dynamic, strided};
 pub use print::{VERSIONS, VersionError};

@@ -28,12 +28,24 @@ pub enum Completion {
     Random(u64),
 }
 
+/// What it means that a copy reads in HBM what another copy writes at the same time.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum CopyRaces {
+    /// A fault.
+    #[default]
+    Fault,
+    /// What arrives is undefined where they overlap. For kernels that copy whole tiles while a row of them is being
+    /// written, and mask that row out.
+    Undefined,
+}
+
 /// All memories, copies in flight and semaphores of a run.
 pub(super) struct Machine {
     pub memories: Vec<Memory>,
     semaphores: Vec<Semaphore>,
-    in_flight: Vec<Transfer>,
+    pub in_flight: Vec<Transfer>,
     completion: Completion,
+    pub copy_races: CopyRaces,
     random: ChaCha8Rng,
     /// A shared buffer for data on their way.
     staging: Staging,
@@ -54,23 +66,26 @@ struct Semaphore {
     last_signal: Option<Place>,
 }
 
-struct Transfer {
-    source: View,
-    destination: View,
+pub(super) struct Transfer {
+    pub source: View,
+    pub destination: View,
     semaphore: usize,
     bytes: usize,
     moved: bool,
+    /// Another copy writes some of the source meanwhile: see `races.rs`.
+    pub raced: bool,
     started: Place,
 }
 
 impl Machine {
-    pub fn new(memories: Vec<Memory>, semaphores: usize, completion: Completion) -> Self {
+    pub fn new(memories: Vec<Memory>, semaphores: usize, completion: Completion, copy_races: CopyRaces) -> Self {
         let seed = if let Completion::Random(seed) = completion { seed } else { 0 };
         Self {
             memories,
             semaphores: std::iter::repeat_with(Semaphore::default).take(semaphores).collect(),
             in_flight: Vec::new(),
             completion,
+            copy_races,
             random: ChaCha8Rng::seed_from_u64(seed),
             staging: Staging::default(),
             counters: Counters::default(),
@@ -88,16 +103,15 @@ impl Machine {
         if from != to {
             return Err(FaultKind::CopyShapes { source_dims: from.to_vec(), destination_dims: to.to_vec() });
         }
-        self.check(&source, WRITTEN_IN_FLIGHT, |started| FaultKind::ReadInFlight { started })?;
+        let raced = self.read_race(&source)?;
         self.memories[source.memory].set_flags(&source, READ_IN_FLIGHT);
-        let busy = WRITTEN_IN_FLIGHT | READ_IN_FLIGHT;
-        self.check(&destination, busy, |started| FaultKind::WriteInFlight { started })?;
+        self.write_race(&destination)?;
         self.memories[destination.memory].set_flags(&destination, WRITTEN_IN_FLIGHT);
         let bytes = source.bytes();
         let spaces = (self.memories[source.memory].space, self.memories[destination.memory].space);
         self.counters.add_copy(spaces, bytes);
         let started = Place(location);
-        self.in_flight.push(Transfer { source, destination, semaphore, bytes, moved: false, started });
+        self.in_flight.push(Transfer { source, destination, semaphore, bytes, moved: false, raced, started });
         match self.completion {
             Completion::AtStart => self.move_data(self.in_flight.len() - 1),
             Completion::OnWait => {}
@@ -162,6 +176,7 @@ impl Machine {
         let (done, left): (Vec<_>, Vec<_>) =
             std::mem::take(&mut self.in_flight).into_iter().partition(|transfer| transfer.semaphore == semaphore);
         self.in_flight = left;
+        self.settle_races(&done);
         for transfer in &done {
             self.memories[transfer.source.memory].clear_flags(&transfer.source, READ_IN_FLIGHT);
             self.memories[transfer.destination.memory].clear_flags(&transfer.destination, WRITTEN_IN_FLIGHT);
@@ -285,7 +300,7 @@ impl Machine {
 }
 
 /// [`View::for_each_run`] with what cannot fail.
-fn each_run(view: &View, mut visit: impl FnMut(Run)) {
+pub(super) fn each_run(view: &View, mut visit: impl FnMut(Run)) {
     let Ok(()) = view.for_each_run(|run| {
         visit(run);
         Ok::<(), std::convert::Infallible>(())

@@ -15,6 +15,8 @@ pub(super) const UNDEFINED: u8 = 0x0F;
 pub(super) const WRITTEN_IN_FLIGHT: u8 = 0x10;
 /// A copy in flight reads the word.
 pub(super) const READ_IN_FLIGHT: u8 = 0x20;
+/// A copy in flight reads the word while another writes it.
+pub(super) const RACED: u8 = 0x80;
 /// Something undefined was written to the word: it is not just that nobody wrote to it.
 const TAINTED: u8 = 0x40;
 
@@ -251,6 +253,16 @@ impl Memory {
         }
     }
 
+    /// Sets `RACED` on the words of a box that have one of the flags `on`. Gives whether there are any.
+    pub fn mark_raced(&mut self, view: &View, on: u8) -> bool {
+        let mut any = false;
+        self.change_flags(view, |shadow| {
+            any |= shadow & on != 0;
+            if shadow & on == 0 { shadow } else { shadow | RACED }
+        });
+        any
+    }
+
     pub fn set_flags(&mut self, view: &View, flags: u8) {
         self.change_flags(view, |shadow| shadow | flags);
     }
@@ -259,7 +271,7 @@ impl Memory {
         self.change_flags(view, |shadow| shadow & !flags);
     }
 
-    fn change_flags(&mut self, view: &View, change: impl Fn(u8) -> u8) {
+    fn change_flags(&mut self, view: &View, mut change: impl FnMut(u8) -> u8) {
         let Ok(()) = view.for_each_run(|run| {
             let last = run.word + (run.count - 1) * run.stride;
             self.shadow[run.word..=last].iter_mut().step_by(run.stride).for_each(|shadow| *shadow = change(*shadow));

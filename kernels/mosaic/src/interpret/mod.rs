@@ -38,13 +38,14 @@ mod memory;
 mod number;
 mod product;
 mod program;
+mod races;
 mod register;
 mod run;
 mod shuffle;
 
 pub use array::Array;
 pub use counters::Counters;
-pub use dma::Completion;
+pub use dma::{Completion, CopyRaces};
 pub use fault::{Fault, FaultKind, Place};
 
 use std::convert::Infallible;
@@ -64,6 +65,7 @@ use crate::{
 #[derive(Clone, Debug)]
 pub struct RunOptions {
     pub completion: Completion,
+    pub copy_races: CopyRaces,
     /// Copies of undefined memory to outputs in HBM are no fault: the outputs tell what of them is undefined.
     pub allow_undefined_outputs: bool,
     /// The kernel is stopped after so many operations.
@@ -72,7 +74,12 @@ pub struct RunOptions {
 
 impl Default for RunOptions {
     fn default() -> Self {
-        Self { completion: Completion::OnWait, allow_undefined_outputs: false, max_ops: 1_000_000_000 }
+        Self {
+            completion: Completion::OnWait,
+            copy_races: CopyRaces::Fault,
+            allow_undefined_outputs: false,
+            max_ops: 1_000_000_000,
+        }
     }
 }
 
@@ -139,7 +146,7 @@ impl Interpreter {
         let tainted = vec![None; setting.memories.len()];
         let mut runner = Runner {
             program: &self.program,
-            machine: Machine::new(setting.memories, setting.semaphores, options.completion),
+            machine: Machine::new(setting.memories, setting.semaphores, options.completion, options.copy_races),
             registers: self.program.registers.iter().map(|lanes| Register::new(*lanes)).collect(),
             views,
             outputs: setting.outputs,

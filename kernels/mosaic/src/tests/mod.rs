@@ -1,3 +1,4 @@
+mod decode;
 mod faults;
 mod kernels;
 mod mistakes;

@@ -29,9 +29,14 @@ pub fn noise(tensor: Tensor, seed: u64) -> Array {
 
 /// Runs a kernel in every order of completion, with one outcome.
 pub fn run(kernel: &Kernel, operands: &[Array]) -> Outcome {
+    run_with(kernel, operands, &RunOptions::default())
+}
+
+/// [`run`] with options, but for the order of completion.
+pub fn run_with(kernel: &Kernel, operands: &[Array], options: &RunOptions) -> Outcome {
     let interpreter = Interpreter::new(kernel);
     let outcomes = COMPLETIONS.map(|completion| {
-        let options = RunOptions { completion, ..RunOptions::default() };
+        let options = RunOptions { completion, ..options.clone() };
         interpreter.run(operands, &options).unwrap_or_else(|error| panic!("{completion:?}: {error}"))
     });
     for outcome in &outcomes[1..] {
