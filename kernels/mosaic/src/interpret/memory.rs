@@ -203,8 +203,13 @@ impl View {
             Some(last) if self.packed != Some(last) => Some(last),
             _ => None,
         };
-        let (count, stride) = inner.map_or((1, 1), |axis| (self.dims[axis], self.strides[axis]));
-        let outer = inner.unwrap_or(self.rank);
+        let (mut count, stride) = inner.map_or((1, 1), |axis| (self.dims[axis], self.strides[axis]));
+        let mut outer = inner.unwrap_or(self.rank);
+        // Axes that follow each other without a gap are one run.
+        while outer > 0 && self.packed.is_none() && self.strides[outer - 1] == count * stride {
+            outer -= 1;
+            count *= self.dims[outer];
+        }
         let mut index = [0; MAX_RANK];
         loop {
             let (word, sub) = self.address(&index);
@@ -274,7 +279,12 @@ impl Memory {
     fn change_flags(&mut self, view: &View, mut change: impl FnMut(u8) -> u8) {
         let Ok(()) = view.for_each_run(|run| {
             let last = run.word + (run.count - 1) * run.stride;
-            self.shadow[run.word..=last].iter_mut().step_by(run.stride).for_each(|shadow| *shadow = change(*shadow));
+            let shadow = self.shadow[run.word..=last].iter_mut();
+            // Apart, so that the common case is a loop over vectors.
+            match run.stride {
+                1 => shadow.for_each(|shadow| *shadow = change(*shadow)),
+                stride => shadow.step_by(stride).for_each(|shadow| *shadow = change(*shadow)),
+            }
             Ok::<(), std::convert::Infallible>(())
         });
     }

@@ -109,7 +109,13 @@ pub(super) fn iota(axis: usize, operands: &Operands<'_>, out: &mut Register) {
     let dims = operands.result_shape();
     let (stride, size) = (strides(dims)[axis], dims[axis]);
     out.dirty = false;
-    out.lanes.iter_mut().enumerate().for_each(|(lane, out)| *out = (lane / stride % size) as u32);
+    if stride == 1 {
+        let lines = out.lanes.chunks_mut(size);
+        lines.for_each(|line| line.iter_mut().enumerate().for_each(|(i, lane)| *lane = i as u32));
+    } else {
+        let lines = out.lanes.chunks_mut(stride);
+        lines.enumerate().for_each(|(i, line)| line.fill((i % size) as u32));
+    }
 }
 
 /// Between element widths, rows of words become rows of elements and back; see `number.rs`.
@@ -124,6 +130,14 @@ pub(super) fn bitcast(operands: &Operands<'_>, to: Elem, out: &mut Register) {
     out.dirty = source.dirty;
     if out.dirty {
         out.shadow.fill(0);
+    }
+    if narrow_in == 1 && !source.dirty {
+        let rows = source.lanes.chunks(columns).zip(out.lanes.chunks_mut(columns * narrow_out));
+        for (words, lanes) in rows {
+            let parts = lanes.chunks_mut(columns).enumerate();
+            parts.for_each(|(sub, lanes)| super::number::decode_run(to, sub, words, lanes));
+        }
+        return;
     }
     out.lanes.fill(0);
     for word in 0..source.lanes.len() / narrow_in {
