@@ -22,8 +22,8 @@ pub struct CallOptions {
     pub generation: Generation,
     /// Of the textual format; `None` is the lowest one that has the kernel's operations.
     pub version: Option<u32>,
-    /// VMEM that the kernel may use. XLA uses the rest to prefetch weights meanwhile, so take no more than you need. The
-    /// compiler's own default is 16 MiB or more, by generation.
+    /// VMEM that the kernel may use. XLA uses the rest to prefetch weights meanwhile, so take no more than you need.
+    /// `None` is [`Generation::default_vmem_limit_bytes`].
     pub vmem_limit_bytes: Option<usize>,
     pub cost: Option<CostEstimate>,
     /// Leaves out the compiler's checks of DMA bounds, which cost about 23 cycles a DMA on a TPU v6e. The interpreter
@@ -44,11 +44,11 @@ pub enum CallError {
         "kernel '{kernel}' holds {bytes} bytes in VMEM, and `vmem_limit_bytes` is {limit}: raise it, or use smaller blocks"
     )]
     Vmem { kernel: String, bytes: usize, limit: usize },
-    #[error("`vmem_limit_bytes` of kernel '{kernel}' is {limit}, and {generation:?} has {available} bytes of VMEM")]
+    #[error("`vmem_limit_bytes` of kernel '{kernel}' is {limit}, and a kernel on {generation:?} can have {available} bytes of VMEM")]
     VmemLimit { kernel: String, limit: usize, available: usize, generation: Generation },
     #[error(
-        "kernel '{kernel}' holds {bytes} bytes in SMEM, and {generation:?} has {available}: pass smaller tables, or keep \
-         them in HBM and copy what a step needs"
+        "kernel '{kernel}' holds {bytes} bytes in SMEM, and a kernel on {generation:?} can have {available}: pass smaller \
+         tables, of rank 1, or keep them in HBM and copy what a step needs"
     )]
     Smem { kernel: String, bytes: usize, available: usize, generation: Generation },
     #[error(transparent)]
@@ -159,15 +159,15 @@ impl Kernel {
     fn check_memory(&self, options: &CallOptions) -> Result<(), CallError> {
         let (footprint, generation) = (self.footprint(), options.generation);
         let kernel = || self.name.clone();
-        let available = generation.vmem_bytes();
-        let limit = options.vmem_limit_bytes.unwrap_or(available);
+        let available = generation.usable_vmem_bytes();
+        let limit = options.vmem_limit_bytes.unwrap_or(generation.default_vmem_limit_bytes());
         if limit > available {
             return Err(CallError::VmemLimit { kernel: kernel(), limit, available, generation });
         }
         if footprint.vmem > limit {
             return Err(CallError::Vmem { kernel: kernel(), bytes: footprint.vmem, limit });
         }
-        let available = generation.smem_bytes();
+        let available = generation.usable_smem_bytes();
         if footprint.smem > available {
             return Err(CallError::Smem { kernel: kernel(), bytes: footprint.smem, available, generation });
         }

@@ -2,7 +2,7 @@
 
 use crate::{
     ir::{Block, Id, Op, OpKind, Types},
-    types::{Content, Elem, RefType, Space, Tensor, Type},
+    types::{RefType, Space, Tensor, Type},
 };
 
 /// Most dimensions of a memory or vector.
@@ -47,7 +47,8 @@ pub struct Footprint {
     /// Operands, outputs and scratch in VMEM, padded to whole tiles. What the compiler adds for values that do not fit
     /// into registers is not in it.
     pub vmem: usize,
-    /// The same in SMEM, padded to 512 bytes each.
+    /// The same in SMEM. Tables of rank 2 are padded to tiles of 8 by 128 words there: a column of numbers takes 128
+    /// times its size.
     pub smem: usize,
 }
 
@@ -122,26 +123,34 @@ impl Kernel {
 const LANES: usize = 128;
 /// Sublanes of a vector register.
 const SUBLANES: usize = 8;
-/// Granule of allocations in SMEM.
-const SMEM_GRANULE: usize = 512;
-
 /// The last axis is padded to whole lanes; the one before to a tile of 8 rows of 32-bit words, or, if it is smaller, to
-/// the power of two that holds it.
+/// the power of two that holds it. Found by asking the compiler; see `tests/limits.rs`.
 fn padded_vmem(reference: &RefType) -> usize {
     let (Some(dims), Some(elem)) = (reference.static_dims(), reference.elem()) else { return 0 };
-    let (outer, rows, lanes) = match dims.as_slice() {
-        [] => (1, 1, 1),
-        [lanes] => (1, 1, *lanes),
-        [outer @ .., rows, lanes] => (outer.iter().product(), *rows, *lanes),
+    let elements = match dims.as_slice() {
+        [] => 1,
+        [lanes] => lanes.next_multiple_of(LANES * elem.packing()),
+        [outer @ .., rows, lanes] => {
+            let tile = elem.packing() * SUBLANES;
+            let rows = match *rows >= tile {
+                true => rows.next_multiple_of(tile),
+                false => rows.next_power_of_two().max(elem.packing()),
+            };
+            outer.iter().product::<usize>() * rows * lanes.next_multiple_of(LANES)
+        }
     };
-    let tile = elem.packing() * SUBLANES;
-    let rows = if rows >= tile { rows.next_multiple_of(tile) } else { rows.next_power_of_two().max(elem.packing()) };
-    outer * rows * lanes.next_multiple_of(LANES) * elem.bits() / 8
+    elements * elem.bits() / 8
 }
 
+/// Tables of rank 1 are padded to whole rows of lanes, others to whole tiles.
 fn padded_smem(reference: &RefType) -> usize {
-    let Content::Data(elem) = reference.content else { return 0 };
-    let elements: usize = reference.dims.iter().flatten().product();
-    let bytes = if elem == Elem::I32 || elem == Elem::F32 { 4 } else { elem.bits().div_ceil(8) };
-    (elements * bytes).next_multiple_of(SMEM_GRANULE)
+    let dims: Vec<usize> = reference.dims.iter().flatten().copied().collect();
+    let words = match dims.as_slice() {
+        [] => 1,
+        [lanes] => lanes.next_multiple_of(LANES),
+        [outer @ .., rows, lanes] => {
+            outer.iter().product::<usize>() * rows.next_multiple_of(SUBLANES) * lanes.next_multiple_of(LANES)
+        }
+    };
+    words * size_of::<u32>()
 }

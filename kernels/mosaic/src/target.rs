@@ -27,8 +27,26 @@ impl Generation {
         }
     }
 
-    /// SMEM of one core. The compiler keeps some of it.
+    /// The most that one kernel may use of it; the compiler keeps the rest.
+    pub fn usable_vmem_bytes(self) -> usize {
+        self.vmem_bytes() - (64 << 10)
+    }
+
+    /// What a kernel may use that says nothing about it.
+    pub fn default_vmem_limit_bytes(self) -> usize {
+        match self {
+            Self::V5e => 16 << 20,
+            Self::V6e | Self::Tpu7x => 32 << 20,
+        }
+    }
+
+    /// SMEM of one core: 1 MiB.
     pub fn smem_bytes(self) -> usize {
         1 << 20
+    }
+
+    /// The most that one kernel may use of it.
+    pub fn usable_smem_bytes(self) -> usize {
+        self.smem_bytes() - (2 << 10)
     }
 }

@@ -1,8 +1,10 @@
 mod decode;
 mod faults;
 mod kernels;
+mod limits;
 mod mistakes;
 mod ops;
 mod random;
 mod support;
+mod text;
 mod tpu;

@@ -58,6 +58,10 @@ impl Compiler {
         Self::all().swap_remove(1)
     }
 
+    pub fn topology(&self) -> &Topology {
+        &self.topology
+    }
+
     pub fn options(&self) -> CallOptions {
         CallOptions::new(self.generation)
     }
