@@ -1,5 +1,6 @@
 mod decode;
 mod faults;
+mod grouped;
 mod kernels;
 mod limits;
 mod mistakes;
