@@ -4,7 +4,7 @@ use std::{cell::RefCell, panic::Location};
 
 use crate::{
     BuildError, Kernel, Ref, Semaphore, Value,
-    ir::{Block, Id, Number, Op, OpKind, Types},
+    ir::{Block, Id, Op, OpKind, Scalar, Types},
     kernel::{Operand, Output},
     types::{Content, Elem, RefType, Space, Tensor, Type},
 };
@@ -298,12 +298,13 @@ impl Builder {
         Some(Block { yields: ids, ..open.block })
     }
 
-    /// A scalar.
+    /// A scalar, or a vector with the same number everywhere.
     #[track_caller]
-    pub(crate) fn constant(&self, ty: Type, number: Number) -> Value<'_> {
+    pub(crate) fn constant(&self, ty: Type, number: impl Into<Scalar>) -> Value<'_> {
+        let number = number.into().in_type(ty.elem().unwrap_or(Elem::I32));
         self.value(OpKind::Constant(number), &[], |_| match ty.elem() {
             Some(Elem::F8E4M3 | Elem::F8E5M2) => Err("constants of 8-bit floats are made with `cast`".to_owned()),
-            Some(elem) if elem.is_float() == matches!(number, Number::Float(_)) => Ok(ty),
+            Some(elem) if elem.is_float() == matches!(number, Scalar::Float(_)) => Ok(ty),
             _ => Err(format!("{number:?} is no number of the type {ty}")),
         })
     }

@@ -44,7 +44,9 @@ pub enum CallError {
         "kernel '{kernel}' holds {bytes} bytes in VMEM, and `vmem_limit_bytes` is {limit}: raise it, or use smaller blocks"
     )]
     Vmem { kernel: String, bytes: usize, limit: usize },
-    #[error("`vmem_limit_bytes` of kernel '{kernel}' is {limit}, and a kernel on {generation:?} can have {available} bytes of VMEM")]
+    #[error(
+        "`vmem_limit_bytes` of kernel '{kernel}' is {limit}, and a kernel on {generation:?} can have {available} bytes of VMEM"
+    )]
     VmemLimit { kernel: String, limit: usize, available: usize, generation: Generation },
     #[error(
         "kernel '{kernel}' holds {bytes} bytes in SMEM, and a kernel on {generation:?} can have {available}: pass smaller \
@@ -77,8 +79,10 @@ impl Kernel {
         let operands: Vec<_> = self.operands.iter().map(|operand| Type::Vector(operand.tensor.clone())).collect();
         let results: Vec<_> = self.outputs.iter().map(|output| Type::Vector(output.tensor.clone())).collect();
         let (operand_types, result_types) = (tensors(&operands), tensors(&results));
-        let mut text =
-            format!("module @{} attributes {{mhlo.num_partitions = 1 : i32, mhlo.num_replicas = 1 : i32}} {{\n", self.name);
+        let mut text = format!(
+            "module @{} attributes {{mhlo.num_partitions = 1 : i32, mhlo.num_replicas = 1 : i32}} {{\n",
+            self.name
+        );
         let names: Vec<_> = (0..operands.len()).map(|i| format!("%arg{i}")).collect();
         let parameters = names.iter().zip(&operand_types).enumerate().map(|(i, (name, ty))| {
             let donated = self.aliases().find(|(_, operand)| *operand == i);
@@ -92,11 +96,11 @@ impl Kernel {
         if !results.is_empty() {
             let _ = write!(text, "%0:{} = ", results.len());
         }
-        let _ = write!(
+        let _ = writeln!(
             text,
             "\"stablehlo.custom_call\"({}) {{api_version = 1 : i32, backend_config = \"{config}\", \
              call_target_name = \"{TARGET}\", has_side_effect = false, kernel_name = \"{}\", operand_layouts = [{}], \
-             output_operand_aliases = [{}], result_layouts = [{}]}} : ({}) -> ({result_list})\n",
+             output_operand_aliases = [{}], result_layouts = [{}]}} : ({}) -> ({result_list})",
             names.join(", "),
             self.name,
             layouts(&operands),
@@ -150,8 +154,7 @@ impl Kernel {
         }
         let mut config = serde_json::json!({ "custom_call_config": call });
         if let Some(limit) = options.vmem_limit_bytes {
-            config["scoped_memory_configs"] =
-                serde_json::json!([{ "memory_space": VMEM, "offset": 0, "size": limit }]);
+            config["scoped_memory_configs"] = serde_json::json!([{ "memory_space": VMEM, "offset": 0, "size": limit }]);
         }
         Ok(config.to_string())
     }

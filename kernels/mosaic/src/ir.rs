@@ -36,11 +36,39 @@ pub(crate) struct Block {
     pub yields: Vec<Id>,
 }
 
-/// A number in the representation of registers: see `interpret/number.rs`.
+/// A constant.
 #[derive(Clone, Copy, PartialEq, Debug)]
-pub(crate) enum Number {
+pub enum Scalar {
     Int(i32),
     Float(f32),
+}
+
+impl Scalar {
+    /// The constant in an element type: whole numbers may be floats.
+    pub(crate) fn in_type(self, elem: Elem) -> Self {
+        match self {
+            Self::Int(value) if elem.is_float() => Self::Float(value as f32),
+            other => other,
+        }
+    }
+}
+
+impl From<i32> for Scalar {
+    fn from(value: i32) -> Self {
+        Self::Int(value)
+    }
+}
+
+impl From<f32> for Scalar {
+    fn from(value: f32) -> Self {
+        Self::Float(value)
+    }
+}
+
+impl From<bool> for Scalar {
+    fn from(value: bool) -> Self {
+        Self::Int(value.into())
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -105,7 +133,7 @@ pub(crate) struct Product {
 #[derive(Clone, PartialEq, Debug)]
 pub(crate) enum OpKind {
     /// A scalar, or a vector with the same number in every lane.
-    Constant(Number),
+    Constant(Scalar),
     Unary(Unary),
     Binary(Binary),
     Compare(Predicate),
@@ -128,7 +156,10 @@ pub(crate) enum OpKind {
     /// A box of the result's size at these offsets.
     Slice(Vec<usize>),
     /// Operands: vector, distance. With a stride, row `r` of its axis is turned by `r * stride` more.
-    Rotate { axis: usize, stride: Option<(usize, usize)> },
+    Rotate {
+        axis: usize,
+        stride: Option<(usize, usize)>,
+    },
     /// Operands: source, indices along the axis.
     Gather(usize),
     /// One element of a vector.
@@ -136,9 +167,14 @@ pub(crate) enum OpKind {
     /// Operands: left, right, what is added to.
     Matmul(Product),
     /// Operands: memory, one start per axis. `strides` in elements, empty for all 1.
-    Load { strides: Vec<usize> },
+    Load {
+        strides: Vec<usize>,
+    },
     /// Operands: vector, memory, starts, and a mask if `masked`.
-    Store { strides: Vec<usize>, masked: bool },
+    Store {
+        strides: Vec<usize>,
+        masked: bool,
+    },
     /// Operands: memory, one position per axis.
     ScalarLoad,
     /// Operands: scalar, memory, positions.
@@ -249,14 +285,14 @@ impl Binary {
 
 impl Reduction {
     /// The number that changes nothing.
-    pub fn neutral(self, elem: Elem) -> Number {
+    pub fn neutral(self, elem: Elem) -> Scalar {
         match (self, elem.is_float()) {
-            (Self::Sum, true) => Number::Float(0.0),
-            (Self::Sum, false) => Number::Int(0),
-            (Self::Max, true) => Number::Float(f32::NEG_INFINITY),
-            (Self::Max, false) => Number::Int(i32::MIN),
-            (Self::Min, true) => Number::Float(f32::INFINITY),
-            (Self::Min, false) => Number::Int(i32::MAX),
+            (Self::Sum, true) => Scalar::Float(0.0),
+            (Self::Sum, false) => Scalar::Int(0),
+            (Self::Max, true) => Scalar::Float(f32::NEG_INFINITY),
+            (Self::Max, false) => Scalar::Int(i32::MIN),
+            (Self::Min, true) => Scalar::Float(f32::INFINITY),
+            (Self::Min, false) => Scalar::Int(i32::MAX),
         }
     }
 }

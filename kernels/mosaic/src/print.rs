@@ -10,7 +10,7 @@ use std::{fmt::Write, ops::RangeInclusive};
 
 use crate::{
     Kernel,
-    ir::{Binary, Block, Id, Number, Op, OpKind, Predicate, Product, Reduction, Types, Unary},
+    ir::{Binary, Block, Id, Op, OpKind, Predicate, Product, Reduction, Scalar, Types, Unary},
     types::{Elem, Type},
 };
 
@@ -376,13 +376,13 @@ fn reduction_kind(reduction: Reduction, float: bool) -> &'static str {
 }
 
 /// Floats as bit patterns: exact, infinities included.
-fn constant(ty: &Type, number: Number) -> String {
+fn constant(ty: &Type, number: Scalar) -> String {
     let elem = ty.elem().unwrap_or(Elem::I32);
     let text = match (number, elem) {
-        (Number::Int(value), Elem::I1) => (value != 0).to_string(),
-        (Number::Int(value), _) => value.to_string(),
-        (Number::Float(value), Elem::Bf16) => format!("0x{:04X}", half::bf16::from_f32(value).to_bits()),
-        (Number::Float(value), _) => format!("0x{:08X}", value.to_bits()),
+        (Scalar::Int(value), Elem::I1) => (value != 0).to_string(),
+        (Scalar::Int(value), _) => value.to_string(),
+        (Scalar::Float(value), Elem::Bf16) => format!("0x{:04X}", half::bf16::from_f32(value).to_bits()),
+        (Scalar::Float(value), _) => format!("0x{:08X}", value.to_bits()),
     };
     match ty {
         Type::Vector(_) => format!("dense<{text}> : {ty}"),

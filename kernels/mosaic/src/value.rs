@@ -4,7 +4,7 @@ use std::fmt;
 
 use crate::{
     Builder,
-    ir::{Id, Number, OpKind},
+    ir::{Id, OpKind, Scalar},
     types::{Elem, RefType, Tensor, Type},
 };
 
@@ -51,27 +51,18 @@ impl<'k> IntoValue<'k> for Value<'k> {
     }
 }
 
-impl<'k> IntoValue<'k> for i32 {
-    #[track_caller]
-    fn into_value(self, k: &'k Builder, elem: Elem) -> Value<'k> {
-        let number = if elem.is_float() { Number::Float(self as f32) } else { Number::Int(self) };
-        k.constant(Type::Scalar(elem), number)
-    }
+macro_rules! number_into_value {
+    ($($type:ty),*) => {$(
+        impl<'k> IntoValue<'k> for $type {
+            #[track_caller]
+            fn into_value(self, k: &'k Builder, elem: Elem) -> Value<'k> {
+                k.constant(Type::Scalar(elem), self)
+            }
+        }
+    )*};
 }
 
-impl<'k> IntoValue<'k> for f32 {
-    #[track_caller]
-    fn into_value(self, k: &'k Builder, elem: Elem) -> Value<'k> {
-        k.constant(Type::Scalar(elem), Number::Float(self))
-    }
-}
-
-impl<'k> IntoValue<'k> for bool {
-    #[track_caller]
-    fn into_value(self, k: &'k Builder, elem: Elem) -> Value<'k> {
-        k.constant(Type::Scalar(elem), Number::Int(i32::from(self)))
-    }
-}
+number_into_value!(i32, f32, bool, Scalar);
 
 impl<'k> Value<'k> {
     pub(crate) fn maybe(k: &'k Builder, id: Option<Id>) -> Self {
@@ -153,29 +144,28 @@ impl Elem {
 impl Builder {
     #[track_caller]
     pub fn i32(&self, number: i32) -> Value<'_> {
-        self.constant(Type::Scalar(Elem::I32), Number::Int(number))
+        self.constant(Type::Scalar(Elem::I32), number)
     }
 
     #[track_caller]
     pub fn f32(&self, number: f32) -> Value<'_> {
-        self.constant(Type::Scalar(Elem::F32), Number::Float(number))
+        self.constant(Type::Scalar(Elem::F32), number)
     }
 
     #[track_caller]
     pub fn bool(&self, value: bool) -> Value<'_> {
-        self.constant(Type::Scalar(Elem::I1), Number::Int(i32::from(value)))
+        self.constant(Type::Scalar(Elem::I1), value)
     }
 
     /// A vector with the same number in every lane. `bf16` rounds it; 8-bit floats are made with [`Value::cast`].
     #[track_caller]
-    pub fn full(&self, tensor: Tensor, number: f32) -> Value<'_> {
-        let number = if tensor.elem.is_float() { Number::Float(number) } else { Number::Int(number as i32) };
+    pub fn full(&self, tensor: Tensor, number: impl Into<Scalar>) -> Value<'_> {
         self.constant(Type::Vector(tensor), number)
     }
 
     #[track_caller]
     pub fn zeros(&self, tensor: Tensor) -> Value<'_> {
-        self.full(tensor, 0.0)
+        self.full(tensor, 0)
     }
 
     /// `i32` numbers 0, 1, 2, … along an axis. Vectors of rank 1 do not compile: use `[1, n]`.

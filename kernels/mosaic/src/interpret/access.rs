@@ -60,7 +60,9 @@ impl Machine {
                 if self.memories[view.memory].shadow[word] & BUSY != 0 {
                     let one = crate::interpret::memory::Run { word, count: 1, ..run };
                     let started = self.culprit(view.memory, one, BUSY);
-                    return Err(started.map_or(FaultKind::NotContiguous, |started| FaultKind::WriteInFlight { started }));
+                    return Err(
+                        started.map_or(FaultKind::NotContiguous, |started| FaultKind::WriteInFlight { started })
+                    );
                 }
                 let all = crate::interpret::memory::all_undefined(view.elem);
                 let shadow = if unknown { all } else { value.shadow_of(lane) };

@@ -1,9 +1,6 @@
 //! Tensors on the host: what kernels are run with and what they yield.
 
-use crate::{
-    interpret::number,
-    types::Tensor,
-};
+use crate::{interpret::number, types::Tensor};
 
 /// A tensor in row-major order. Parts of it may be undefined: nothing that matters may depend on them.
 #[derive(Clone, Debug, PartialEq)]

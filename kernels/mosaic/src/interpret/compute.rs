@@ -10,7 +10,7 @@ use crate::{
         register::Register,
         shuffle,
     },
-    ir::{Binary, Number, OpKind, Predicate, Unary},
+    ir::{Binary, OpKind, Predicate, Scalar, Unary},
     types::Elem,
 };
 
@@ -84,10 +84,10 @@ pub(super) fn compute(kind: &OpKind, elem: Elem, operands: &Operands<'_>, out: &
     Ok(())
 }
 
-fn constant(number: Number, elem: Elem) -> u32 {
+fn constant(number: Scalar, elem: Elem) -> u32 {
     match number {
-        Number::Int(value) => value as u32,
-        Number::Float(value) => from_f32(elem, value),
+        Scalar::Int(value) => value as u32,
+        Scalar::Float(value) => from_f32(elem, value),
     }
 }
 

@@ -27,6 +27,8 @@ pub enum FaultKind {
     ReadInFlight { started: Place },
     #[error("it writes what the copy started at {started} may still be reading or writing: wait for the copy first")]
     WriteInFlight { started: Place },
+    #[error("it writes into operand {operand}, which no output takes over (`Builder::output_in_place`)")]
+    OperandWritten { operand: usize },
     #[error("a copy of {source_dims:?} to {destination_dims:?}: they must be equal")]
     CopyShapes { source_dims: Vec<usize>, destination_dims: Vec<usize> },
     #[error(

@@ -64,16 +64,8 @@ impl View {
     pub fn whole(memory: usize, elem: Elem, dims: &[usize]) -> (Self, usize) {
         let rank = dims.len();
         let packed = (elem.packing() > 1 && rank >= 2).then(|| rank - 2);
-        let mut view = Self {
-            memory,
-            elem,
-            rank,
-            dims: [1; MAX_RANK],
-            strides: [0; MAX_RANK],
-            offset: 0,
-            packed,
-            phase: 0,
-        };
+        let mut view =
+            Self { memory, elem, rank, dims: [1; MAX_RANK], strides: [0; MAX_RANK], offset: 0, packed, phase: 0 };
         view.dims[..rank].copy_from_slice(dims);
         let mut words = 1;
         for axis in (0..rank).rev() {
@@ -147,7 +139,7 @@ impl View {
         let (_, own_words) = View::whole(self.memory, self.elem, self.dims());
         let whole_rows = |view: &View| {
             let rows = view.packed.map_or(0, |axis| view.dims[axis]);
-            rows % view.elem.packing() == 0 && (view.packed.is_some() || view.elem.packing() == 1)
+            rows.is_multiple_of(view.elem.packing()) && (view.packed.is_some() || view.elem.packing() == 1)
         };
         let same_rows = dims.len() >= 2 && self.dims().ends_with(&dims[dims.len() - 2..]);
         let fits = words == own_words && (same_rows || (whole_rows(self) && whole_rows(&fresh)));
@@ -222,13 +214,13 @@ impl View {
 
     fn address(&self, index: &[usize; MAX_RANK]) -> (usize, usize) {
         let (mut word, mut sub) = (self.offset, self.phase);
-        for axis in 0..self.rank {
+        for (axis, at) in index.iter().enumerate().take(self.rank) {
             if self.packed == Some(axis) {
-                let row = self.phase + index[axis];
+                let row = self.phase + at;
                 word += row / self.elem.packing() * self.strides[axis];
                 sub = row % self.elem.packing();
             } else {
-                word += index[axis] * self.strides[axis];
+                word += at * self.strides[axis];
             }
         }
         (word, sub)

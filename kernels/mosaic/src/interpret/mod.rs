@@ -54,11 +54,11 @@ use dma::Machine;
 use memory::{Memory, View};
 use program::Program;
 use register::Register;
-use run::Runner;
+use run::{Role, Runner};
 
 use crate::{
     Kernel,
-    types::{Content, Elem, Space, Tensor, Type},
+    types::{Content, Space, Tensor, Type},
 };
 
 /// How a kernel is run.
@@ -125,8 +125,8 @@ struct Setting {
     /// For each parameter its box.
     views: Vec<View>,
     semaphores: usize,
-    /// For each memory the output that lies in it.
-    outputs: Vec<Option<usize>>,
+    /// For each memory what it is for.
+    roles: Vec<Role>,
 }
 
 impl Interpreter {
@@ -149,7 +149,7 @@ impl Interpreter {
             machine: Machine::new(setting.memories, setting.semaphores, options.completion, options.copy_races),
             registers: self.program.registers.iter().map(|lanes| Register::new(*lanes)).collect(),
             views,
-            outputs: setting.outputs,
+            roles: setting.roles,
             tainted,
             allow_undefined_outputs: options.allow_undefined_outputs,
             executed: vec![0; self.program.names.len()],
@@ -185,9 +185,9 @@ impl Interpreter {
     }
 
     fn setting(&self, operands: &[Array]) -> Setting {
-        let mut setting = Setting { memories: Vec::new(), views: Vec::new(), semaphores: 0, outputs: Vec::new() };
-        for (operand, array) in self.kernel.operands.iter().zip(operands) {
-            let view = setting.add(operand.space, operand.tensor.elem, &operand.tensor.dims);
+        let mut setting = Setting { memories: Vec::new(), views: Vec::new(), semaphores: 0, roles: Vec::new() };
+        for (index, (operand, array)) in self.kernel.operands.iter().zip(operands).enumerate() {
+            let view = setting.add(operand.space, &operand.tensor, Role::Operand(index));
             upload(&mut setting.memories[view.memory], &view, array);
         }
         for (index, output) in self.kernel.outputs.iter().enumerate() {
@@ -197,16 +197,16 @@ impl Interpreter {
                     setting.views.push(view);
                     view
                 }
-                None => setting.add(output.space, output.tensor.elem, &output.tensor.dims),
+                None => setting.add(output.space, &output.tensor, Role::Scratch),
             };
-            setting.outputs[view.memory] = Some(index);
+            setting.roles[view.memory] = Role::Output(index);
         }
         for id in &self.kernel.scratch {
             let Type::Ref(reference) = &self.kernel.types[*id] else { continue };
             let dims = reference.static_dims().unwrap_or_default();
             match reference.content {
                 Content::Data(elem) => {
-                    setting.add(reference.space, elem, &dims);
+                    setting.add(reference.space, &Tensor::new(elem, dims), Role::Scratch);
                 }
                 Content::Semaphore | Content::DmaSemaphore => {
                     let (view, count) = View::semaphores(setting.semaphores, &dims);
@@ -233,10 +233,10 @@ impl Interpreter {
 
 impl Setting {
     /// A memory of which nothing is defined.
-    fn add(&mut self, space: Space, elem: Elem, dims: &[usize]) -> View {
-        let (view, words) = View::whole(self.memories.len(), elem, dims);
+    fn add(&mut self, space: Space, tensor: &Tensor, role: Role) -> View {
+        let (view, words) = View::whole(self.memories.len(), tensor.elem, &tensor.dims);
         self.memories.push(Memory::undefined(space, words));
-        self.outputs.push(None);
+        self.roles.push(role);
         self.views.push(view);
         view
     }

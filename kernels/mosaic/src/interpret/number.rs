@@ -98,13 +98,21 @@ fn from_f8(byte: u8, format: F8) -> f32 {
     let magnitude = byte & 0x7F;
     let sign = if byte & 0x80 != 0 { -1.0 } else { 1.0 };
     if magnitude > format.largest {
-        return if magnitude == format.overflow && format.overflow != format.nan { sign * f32::INFINITY } else { f32::NAN };
+        return if magnitude == format.overflow && format.overflow != format.nan {
+            sign * f32::INFINITY
+        } else {
+            f32::NAN
+        };
     }
     let exponent = i32::from(magnitude >> format.mantissa);
     let fraction = f32::from(magnitude & ((1 << format.mantissa) - 1)) / (1 << format.mantissa) as f32;
     // Exact: powers of two within f32's range.
     let scale = |power: i32| f32::from_bits(((power + 127) as u32) << 23);
-    let value = if exponent == 0 { fraction * scale(1 - format.bias) } else { (1.0 + fraction) * scale(exponent - format.bias) };
+    let value = if exponent == 0 {
+        fraction * scale(1 - format.bias)
+    } else {
+        (1.0 + fraction) * scale(exponent - format.bias)
+    };
     sign * value
 }
 
@@ -137,7 +145,9 @@ mod tests {
 
     #[test]
     fn bf16_rounds_like_the_half_crate() {
-        for bits in (0..=u32::MAX).step_by(4099).chain([0x7F80_0000, 0x7F80_0001, 0xFFFF_FFFF, 0x7F7F_FFFF, 0x0000_8000]) {
+        for bits in
+            (0..=u32::MAX).step_by(4099).chain([0x7F80_0000, 0x7F80_0001, 0xFFFF_FFFF, 0x7F7F_FFFF, 0x0000_8000])
+        {
             let expected = half::bf16::from_f32(f32::from_bits(bits));
             assert_eq!(round_bf16(bits) >> 16, u32::from(expected.to_bits()), "{bits:08X}");
         }

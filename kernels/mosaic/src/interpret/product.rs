@@ -45,14 +45,18 @@ pub(super) fn matmul(product: Product, operands: &Operands<'_>, out: &mut Regist
 fn arranged<T>(source: &Register, transposed: bool, rows: usize, columns: usize, read: impl Fn(u32) -> T) -> Vec<T> {
     match transposed {
         false => source.lanes.iter().map(|lane| read(*lane)).collect(),
-        true => {
-            (0..rows * columns).map(|i| read(source.lanes[i % columns * rows + i / columns])).collect()
-        }
+        true => (0..rows * columns).map(|i| read(source.lanes[i % columns * rows + i / columns])).collect(),
     }
 }
 
 /// Four rows of the result at a time, so that each row of `b` is read once for them.
-fn multiply<T: Copy>(a: &[T], b: &[T], (m, k, n): (usize, usize, usize), zero: T, step: impl Fn(T, T, T) -> T) -> Vec<T> {
+fn multiply<T: Copy>(
+    a: &[T],
+    b: &[T],
+    (m, k, n): (usize, usize, usize),
+    zero: T,
+    step: impl Fn(T, T, T) -> T,
+) -> Vec<T> {
     let mut out = vec![zero; m * n];
     for (block, rows) in out.chunks_mut(4 * n).enumerate() {
         if rows.len() == 4 * n {

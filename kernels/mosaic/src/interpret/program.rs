@@ -51,24 +51,102 @@ pub(super) struct Region {
 
 pub(super) enum Code {
     /// A plain computation: see `compute.rs`.
-    Compute { kind: OpKind, result: Lanes, operands: Vec<Lanes>, shapes: Vec<Vec<usize>> },
-    Load { view: usize, positions: Vec<Reg>, sizes: Vec<usize>, strides: Vec<usize>, result: Reg },
-    Store { view: usize, positions: Vec<Reg>, sizes: Vec<usize>, strides: Vec<usize>, value: Reg, mask: Option<Reg> },
-    ScalarLoad { view: usize, positions: Vec<Reg>, result: Reg },
-    ScalarStore { view: usize, positions: Vec<Reg>, value: Reg },
+    Compute {
+        kind: OpKind,
+        result: Lanes,
+        operands: Vec<Lanes>,
+        shapes: Vec<Vec<usize>>,
+    },
+    Load {
+        view: usize,
+        positions: Vec<Reg>,
+        sizes: Vec<usize>,
+        strides: Vec<usize>,
+        result: Reg,
+    },
+    Store {
+        view: usize,
+        positions: Vec<Reg>,
+        sizes: Vec<usize>,
+        strides: Vec<usize>,
+        value: Reg,
+        mask: Option<Reg>,
+    },
+    ScalarLoad {
+        view: usize,
+        positions: Vec<Reg>,
+        result: Reg,
+    },
+    ScalarStore {
+        view: usize,
+        positions: Vec<Reg>,
+        value: Reg,
+    },
     /// `sizes`: `None` takes the next of `dynamic`.
-    Slice { from: usize, to: usize, positions: Vec<Reg>, sizes: Vec<Option<usize>>, dynamic: Vec<Reg> },
-    Squeeze { from: usize, to: usize, axes: Vec<usize> },
-    Reshape { from: usize, to: usize, dims: Vec<usize> },
-    Recast { from: usize, to: usize, elem: Elem, dims: Vec<usize> },
-    DmaStart { source: usize, destination: usize, semaphore: usize },
-    DmaWait { semaphore: usize, bytes_of: usize },
-    Signal { semaphore: usize, count: Reg },
-    WaitCount { semaphore: usize, count: Reg },
-    ReadCount { semaphore: usize, result: Reg },
-    For { bounds: [Reg; 3], index: Reg, enter: Moves, body: Region, exit: Moves },
-    If { condition: Reg, then: Region, otherwise: Region },
-    While { enter: Moves, verdict: Reg, condition: Vec<Inst>, pass: Moves, body: Region, exit: Moves },
+    Slice {
+        from: usize,
+        to: usize,
+        positions: Vec<Reg>,
+        sizes: Vec<Option<usize>>,
+        dynamic: Vec<Reg>,
+    },
+    Squeeze {
+        from: usize,
+        to: usize,
+        axes: Vec<usize>,
+    },
+    Reshape {
+        from: usize,
+        to: usize,
+        dims: Vec<usize>,
+    },
+    Recast {
+        from: usize,
+        to: usize,
+        elem: Elem,
+        dims: Vec<usize>,
+    },
+    DmaStart {
+        source: usize,
+        destination: usize,
+        semaphore: usize,
+    },
+    DmaWait {
+        semaphore: usize,
+        bytes_of: usize,
+    },
+    Signal {
+        semaphore: usize,
+        count: Reg,
+    },
+    WaitCount {
+        semaphore: usize,
+        count: Reg,
+    },
+    ReadCount {
+        semaphore: usize,
+        result: Reg,
+    },
+    For {
+        bounds: [Reg; 3],
+        index: Reg,
+        enter: Moves,
+        body: Region,
+        exit: Moves,
+    },
+    If {
+        condition: Reg,
+        then: Region,
+        otherwise: Region,
+    },
+    While {
+        enter: Moves,
+        verdict: Reg,
+        condition: Vec<Inst>,
+        pass: Moves,
+        body: Region,
+        exit: Moves,
+    },
 }
 
 /// Where values live.
@@ -271,12 +349,8 @@ impl<'a> Compiler<'a> {
                 destination: self.view(operands[1]),
                 semaphore: self.view(operands[2]),
             },
-            OpKind::DmaWait => {
-                Code::DmaWait { semaphore: self.view(operands[0]), bytes_of: self.view(operands[2]) }
-            }
-            OpKind::SemaphoreSignal => {
-                Code::Signal { semaphore: self.view(operands[0]), count: self.reg(operands[1]) }
-            }
+            OpKind::DmaWait => Code::DmaWait { semaphore: self.view(operands[0]), bytes_of: self.view(operands[2]) },
+            OpKind::SemaphoreSignal => Code::Signal { semaphore: self.view(operands[0]), count: self.reg(operands[1]) },
             OpKind::SemaphoreWait => {
                 Code::WaitCount { semaphore: self.view(operands[0]), count: self.reg(operands[1]) }
             }

@@ -70,9 +70,8 @@ impl Register {
 /// The shadow of an operation in which the byte `decisive` of one operand makes the other irrelevant.
 fn deciding(x: (u32, u8), y: (u32, u8), elem: Elem, decisive: u8) -> u8 {
     let bytes = if elem == Elem::I1 { 1 } else { 4 };
-    let decides = |(value, shadow): (u32, u8), byte: usize| {
-        shadow & (1 << byte) == 0 && (value >> (8 * byte)) as u8 == decisive
-    };
+    let decides =
+        |(value, shadow): (u32, u8), byte: usize| shadow & (1 << byte) == 0 && (value >> (8 * byte)) as u8 == decisive;
     let undefined = |byte: &usize| {
         let bit = 1 << byte;
         (x.1 & bit != 0 && !decides(y, *byte)) || (y.1 & bit != 0 && !decides(x, *byte))

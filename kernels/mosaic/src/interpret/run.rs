@@ -14,14 +14,23 @@ use crate::{
     ir::OpKind,
 };
 
+/// What a memory is for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Role {
+    Operand(usize),
+    /// An output, or an operand that an output takes over.
+    Output(usize),
+    Scratch,
+}
+
 pub(super) struct Runner<'a> {
     pub program: &'a Program,
     pub machine: Machine,
     pub registers: Vec<Register>,
     /// For each memory reference of the kernel the box it refers to now.
     pub views: Vec<View>,
-    /// The output that lies in each memory.
-    pub outputs: Vec<Option<usize>>,
+    /// What lies in each memory.
+    pub roles: Vec<Role>,
     /// For each memory where something undefined was last stored to it.
     pub tainted: Vec<Option<Place>>,
     pub allow_undefined_outputs: bool,
@@ -149,7 +158,9 @@ impl Runner<'_> {
             }
             Code::DmaStart { source, destination, semaphore } => {
                 let (source, destination) = (self.views[*source], self.views[*destination]);
-                if let Some(output) = self.outputs[destination.memory].filter(|_| !self.allow_undefined_outputs)
+                let role = self.writable(&destination)?;
+                if let Role::Output(output) = role
+                    && !self.allow_undefined_outputs
                     && self.machine.memories[source.memory].is_undefined(&source)
                 {
                     if self.machine.memories[destination.memory].space.is_main() {
@@ -206,19 +217,21 @@ impl Runner<'_> {
     }
 
     /// A box of a view.
-    fn boxed(
-        &self,
-        view: usize,
-        positions: &[Reg],
-        sizes: &[usize],
-        strides: &[usize],
-    ) -> Result<View, FaultKind> {
+    fn boxed(&self, view: usize, positions: &[Reg], sizes: &[usize], strides: &[usize]) -> Result<View, FaultKind> {
         let mut view = self.views[view];
         for (axis, (reg, size)) in positions.iter().zip(sizes).enumerate() {
             let start = self.scalar(*reg, "address")?;
             view.slice(axis, start.into(), *size, strides.get(axis).copied().unwrap_or(1))?;
         }
         Ok(view)
+    }
+
+    /// What a box that is to be written is for.
+    fn writable(&self, view: &View) -> Result<Role, FaultKind> {
+        match self.roles[view.memory] {
+            Role::Operand(operand) => Err(FaultKind::OperandWritten { operand }),
+            role => Ok(role),
+        }
     }
 
     fn store(
@@ -228,6 +241,7 @@ impl Runner<'_> {
         mask: Option<Reg>,
         location: &'static Location<'static>,
     ) -> Result<(), FaultKind> {
+        self.writable(view)?;
         let value = &self.registers[value];
         match mask {
             None => self.machine.store(view, value)?,

@@ -100,7 +100,8 @@ pub(super) fn concatenate(axis: usize, operands: &Operands<'_>, out: &mut Regist
     let mut to = 0;
     for i in 0..operands.lanes.len() {
         let dims = operands.shape(i);
-        Walk { dims, from: 0, from_strides: &strides(dims), to, to_strides: &to_strides }.apply(operands.register(i), out);
+        Walk { dims, from: 0, from_strides: &strides(dims), to, to_strides: &to_strides }
+            .apply(operands.register(i), out);
         to += dims[axis] * to_strides[axis];
     }
 }
@@ -197,12 +198,7 @@ pub(super) fn rotate(
     Ok(())
 }
 
-pub(super) fn gather(
-    axis: usize,
-    elem: Elem,
-    operands: &Operands<'_>,
-    out: &mut Register,
-) -> Result<(), FaultKind> {
+pub(super) fn gather(axis: usize, elem: Elem, operands: &Operands<'_>, out: &mut Register) -> Result<(), FaultKind> {
     let (source, indices, dims) = (operands.register(0), operands.register(1), operands.shape(0));
     let (size, step) = (dims[axis], strides(dims)[axis]);
     out.dirty = source.dirty || indices.dirty;

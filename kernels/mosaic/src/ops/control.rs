@@ -30,7 +30,8 @@ impl Builder {
         initial: &[Value<'k>],
         body: impl FnOnce(Value<'k>, &[Value<'k>]) -> Vec<Value<'k>>,
     ) -> Vec<Value<'k>> {
-        let bounds = [from.into_value(self, Elem::I32), to.into_value(self, Elem::I32), step.into_value(self, Elem::I32)];
+        let bounds =
+            [from.into_value(self, Elem::I32), to.into_value(self, Elem::I32), step.into_value(self, Elem::I32)];
         let types: Vec<Type> = initial.iter().map(Value::ty).collect();
         let mut arguments = vec![Type::Scalar(Elem::I32)];
         arguments.extend(types.iter().cloned());

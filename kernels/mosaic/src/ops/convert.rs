@@ -86,5 +86,5 @@ pub(super) fn rows_after_bitcast(dims: &[usize], from: Elem, to: Elem) -> Option
     let rows = dims.len().checked_sub(2)?;
     let bits = dims[rows] * from.bits();
     dims[rows] = bits / to.bits();
-    (bits % to.bits() == 0 && bits.is_multiple_of(32)).then_some(dims)
+    (bits.is_multiple_of(to.bits()) && bits.is_multiple_of(32)).then_some(dims)
 }

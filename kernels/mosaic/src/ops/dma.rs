@@ -8,7 +8,7 @@ use crate::{
 
 /// An asynchronous copy that may be started and waited for, here or elsewhere in the kernel.
 #[derive(Clone, Copy)]
-pub struct Copy<'k> {
+pub struct Dma<'k> {
     source: Ref<'k>,
     destination: Ref<'k>,
     semaphore: Semaphore<'k>,
@@ -17,12 +17,12 @@ pub struct Copy<'k> {
 impl<'k> Ref<'k> {
     /// A copy of this memory to another of the same shape. It adds the bytes copied to the semaphore when it is done.
     /// It must be waited for before the destination is read or the source is written.
-    pub fn copy_to(self, destination: Ref<'k>, semaphore: Semaphore<'k>) -> Copy<'k> {
-        Copy { source: self, destination, semaphore }
+    pub fn copy_to(self, destination: Ref<'k>, semaphore: Semaphore<'k>) -> Dma<'k> {
+        Dma { source: self, destination, semaphore }
     }
 }
 
-impl<'k> Copy<'k> {
+impl<'k> Dma<'k> {
     #[track_caller]
     pub fn start(self) {
         let operands = [self.source.id(), self.destination.id(), self.semaphore.0.id()];

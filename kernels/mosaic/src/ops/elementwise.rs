@@ -4,7 +4,7 @@ use std::ops;
 
 use crate::{
     IntoValue, Value,
-    ir::{Binary, Number, OpKind, Predicate, Unary},
+    ir::{Binary, OpKind, Predicate, Scalar, Unary},
     types::{Elem, Type},
 };
 
@@ -244,7 +244,7 @@ impl<'k> ops::Neg for Value<'k> {
     fn neg(self) -> Value<'k> {
         // From minus zero, so that zero becomes minus zero.
         let elem = self.elem();
-        let zero = if elem.is_float() { Number::Float(-0.0) } else { Number::Int(0) };
+        let zero = if elem.is_float() { Scalar::Float(-0.0) } else { Scalar::Int(0) };
         self.k.constant(Type::Scalar(elem), zero) - self
     }
 }

@@ -110,13 +110,7 @@ impl<'k> Value<'k> {
 
     /// Turns each row of `row_axis` by `stride` more than the one before.
     #[track_caller]
-    pub fn rotate_strided(
-        self,
-        by: impl IntoValue<'k>,
-        axis: usize,
-        stride: usize,
-        row_axis: usize,
-    ) -> Value<'k> {
+    pub fn rotate_strided(self, by: impl IntoValue<'k>, axis: usize, stride: usize, row_axis: usize) -> Value<'k> {
         self.rotate_op(by, OpKind::Rotate { axis, stride: Some((stride, row_axis)) }, axis.max(row_axis))
     }
 

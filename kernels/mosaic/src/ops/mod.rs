@@ -10,5 +10,5 @@ mod memory;
 mod view;
 
 pub use contract::Contract;
-pub use dma::Copy;
-pub use view::{Dim, IntoIndices, ds, ds_dynamic, strided};
+pub use dma::Dma;
+pub use view::{Dim, IntoIndices, Position, ds, ds_dynamic, strided};

@@ -15,20 +15,20 @@ use super::convert::rows_after_bitcast;
 pub enum Dim<'k> {
     All,
     /// One position; the axis vanishes.
-    At(Number<'k>),
+    At(Position<'k>),
     /// So many elements from a position.
     Span {
-        start: Number<'k>,
+        start: Position<'k>,
         size: usize,
     },
     /// As many elements as an `i32` says. Only DMAs take such boxes.
     Dynamic {
-        start: Number<'k>,
+        start: Position<'k>,
         size: Value<'k>,
     },
     /// So many elements, each `stride` after the one before. Only loads and stores of vectors take such boxes.
     Strided {
-        start: Number<'k>,
+        start: Position<'k>,
         size: usize,
         stride: usize,
     },
@@ -36,12 +36,12 @@ pub enum Dim<'k> {
 
 /// A position: known now, or an `i32` scalar.
 #[derive(Clone, Copy, Debug)]
-pub enum Number<'k> {
+pub enum Position<'k> {
     Known(i32),
     Value(Value<'k>),
 }
 
-impl<'k> Number<'k> {
+impl<'k> Position<'k> {
     #[track_caller]
     pub(crate) fn i32(self, k: &'k Builder) -> Value<'k> {
         match self {
@@ -60,37 +60,37 @@ impl<'k> Number<'k> {
     }
 }
 
-impl From<i32> for Number<'_> {
+impl From<i32> for Position<'_> {
     fn from(number: i32) -> Self {
         Self::Known(number)
     }
 }
 
-impl From<usize> for Number<'_> {
+impl From<usize> for Position<'_> {
     fn from(number: usize) -> Self {
         Self::Known(number as i32)
     }
 }
 
-impl<'k> From<Value<'k>> for Number<'k> {
+impl<'k> From<Value<'k>> for Position<'k> {
     fn from(value: Value<'k>) -> Self {
         Self::Value(value)
     }
 }
 
 /// `size` elements from `start`.
-pub fn ds<'k>(start: impl Into<Number<'k>>, size: usize) -> Dim<'k> {
+pub fn ds<'k>(start: impl Into<Position<'k>>, size: usize) -> Dim<'k> {
     Dim::Span { start: start.into(), size }
 }
 
 /// `size` (an `i32`) elements from `start`: for DMAs.
-pub fn ds_dynamic<'k>(start: impl Into<Number<'k>>, size: Value<'k>) -> Dim<'k> {
+pub fn ds_dynamic<'k>(start: impl Into<Position<'k>>, size: Value<'k>) -> Dim<'k> {
     Dim::Dynamic { start: start.into(), size }
 }
 
 /// `size` elements from `start`, each `stride` after the one before: for loads and stores of memories of 32-bit elements
 /// whose last axis has 128 lanes, along any other axis.
-pub fn strided<'k>(start: impl Into<Number<'k>>, size: usize, stride: usize) -> Dim<'k> {
+pub fn strided<'k>(start: impl Into<Position<'k>>, size: usize, stride: usize) -> Dim<'k> {
     Dim::Strided { start: start.into(), size, stride }
 }
 
@@ -102,11 +102,11 @@ impl From<RangeFull> for Dim<'_> {
 
 impl From<Range<i32>> for Dim<'_> {
     fn from(range: Range<i32>) -> Self {
-        Self::Span { start: Number::Known(range.start), size: (range.end - range.start).max(0) as usize }
+        Self::Span { start: Position::Known(range.start), size: (range.end - range.start).max(0) as usize }
     }
 }
 
-impl<'k, T: Into<Number<'k>>> From<T> for Dim<'k> {
+impl<'k, T: Into<Position<'k>>> From<T> for Dim<'k> {
     fn from(position: T) -> Self {
         Self::At(position.into())
     }
@@ -146,7 +146,7 @@ tuples! { (A) (A B) (A B C) (A B C D) (A B C D E) (A B C D E F) }
 
 /// For each axis: where the box starts, its size (`None`: run time), the stride, and whether the axis vanishes.
 pub(super) struct Resolved<'k> {
-    pub starts: Vec<Number<'k>>,
+    pub starts: Vec<Position<'k>>,
     pub sizes: Vec<Option<usize>>,
     pub dynamic: Vec<Value<'k>>,
     pub strides: Vec<usize>,
@@ -159,12 +159,17 @@ pub(super) fn resolve<'k>(reference: &RefType, indices: Vec<Dim<'k>>) -> Result<
     if indices.len() > rank {
         return Err(format!("{} positions for {rank} axes", indices.len()));
     }
-    let mut out =
-        Resolved { starts: Vec::new(), sizes: Vec::new(), dynamic: Vec::new(), strides: vec![1; rank], squeezed: vec![] };
+    let mut out = Resolved {
+        starts: Vec::new(),
+        sizes: Vec::new(),
+        dynamic: Vec::new(),
+        strides: vec![1; rank],
+        squeezed: vec![],
+    };
     let padded = indices.into_iter().chain(std::iter::repeat(Dim::All)).take(rank);
     for (axis, (dim, whole)) in padded.zip(&reference.dims).enumerate() {
         let (start, size) = match dim {
-            Dim::All => (Number::Known(0), *whole),
+            Dim::All => (Position::Known(0), *whole),
             Dim::At(start) => {
                 out.squeezed.push(axis);
                 (start, Some(1))
@@ -182,7 +187,7 @@ pub(super) fn resolve<'k>(reference: &RefType, indices: Vec<Dim<'k>>) -> Result<
         if size.is_none() && matches!(dim, Dim::All) {
             return Err(format!("the size of axis {axis} is known at run time only: name the part you want"));
         }
-        if let (Number::Known(start), Some(size), Some(whole)) = (start, size, whole) {
+        if let (Position::Known(start), Some(size), Some(whole)) = (start, size, whole) {
             let end = i64::from(start) + (size.max(1) as i64 - 1) * out.strides[axis] as i64 + 1;
             if start < 0 || end > *whole as i64 || size == 0 {
                 return Err(format!("{size} elements from {start} do not lie within {whole} of axis {axis}"));

@@ -8,7 +8,8 @@
 use rand::RngExt;
 
 use crate::{
-    Array, Builder, CallOptions, CopyRaces, Elem, FaultKind, Interpreter, Kernel, Ref, RunOptions, Semaphore, Space, Value, ds, ds_dynamic,
+    Array, Builder, CallOptions, CopyRaces, Elem, FaultKind, Interpreter, Kernel, Ref, RunOptions, Semaphore, Space,
+    Value, ds, ds_dynamic,
     tests::{
         support::{close, fault, random, run_with},
         tpu::{Compiler, alone},
@@ -267,9 +268,9 @@ fn batch(seed: u64, lengths: &[usize]) -> Batch {
             }
         }
         let pages = old.div_ceil(PAGE).max(1);
-        for page in 0..pages {
+        for (page, number) in table.iter().enumerate().take(pages) {
             let rows = old.saturating_sub(page * PAGE).min(PAGE);
-            page_of.push(table[page] as i32);
+            page_of.push(*number as i32);
             let (first, last) = (i32::from(page == 0), i32::from(page + 1 == pages));
             meta.push(seq as i32 | (first << 12) | (last << 13) | ((rows as i32) << 16));
         }
@@ -353,11 +354,8 @@ fn decode_attention_compiles() {
 #[ignore = "run by decode_attention_compiles"]
 fn compile() {
     for compiler in Compiler::all() {
-        let options = CallOptions {
-            vmem_limit_bytes: Some(32 << 20),
-            disable_bounds_checks: true,
-            ..compiler.options()
-        };
+        let options =
+            CallOptions { vmem_limit_bytes: Some(32 << 20), disable_bounds_checks: true, ..compiler.options() };
         let compiled = compiler.compile(&decode(), &options).unwrap_or_else(|error| panic!("{error}"));
         assert_eq!(compiled.memory_stats().unwrap().alias_bytes, (PAGES * 2 * PAGE * DIM * 4) as i64);
     }

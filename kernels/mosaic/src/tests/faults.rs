@@ -1,8 +1,8 @@
 //! Each thing that a kernel can do wrong, and where the interpreter says that it happens.
 
 use crate::{
-    Array, Builder, Completion, Elem, Fault, FaultKind, Interpreter, Kernel, Place, Ref, RunError, RunOptions, Semaphore,
-    Space, ds, ds_dynamic,
+    Array, Builder, Completion, Elem, Fault, FaultKind, Interpreter, Kernel, Place, Ref, RunError, RunOptions,
+    Semaphore, Space, ds, ds_dynamic,
     tests::support::{fault, noise, run},
 };
 
@@ -30,9 +30,12 @@ fn kernel(body: impl for<'k> FnOnce(Parts<'k>)) -> Kernel {
     built.unwrap_or_else(|error| panic!("{error}"))
 }
 
-/// The fault of a kernel that is run with the table 1, 9, -1, 0.
+/// The fault of a kernel that is run with the table 1, 9, -1, 0, pages, and noise for what further operands it has.
 fn of(body: impl for<'k> FnOnce(Parts<'k>)) -> Fault {
-    fault(&kernel(body), &operands())
+    let kernel = kernel(body);
+    let mut all = operands();
+    all.extend(kernel.operands()[2..].iter().map(|operand| noise(operand.tensor.clone(), 2)));
+    fault(&kernel, &all)
 }
 
 fn operands() -> Vec<Array> {
@@ -289,6 +292,23 @@ fn numbers_are_what_the_kernel_promised() {
     let line = line!() + 1;
     let found = of(|p| no(p.k.zeros(Elem::F32.of([8, 128])).rotate(p.table.get((2,)), 1)));
     expect(found, line, |kind| *kind == FaultKind::Index { index: -1, size: 128 });
+}
+
+#[test]
+fn operands_are_not_written() {
+    let line = line!() + 3;
+    let found = of(|p| {
+        let zeros = p.k.zeros(Elem::F32.of([8, 128]));
+        p.k.input(VMEM, Elem::F32.of([8, 128])).store(zeros);
+    });
+    expect(found, line, |kind| *kind == FaultKind::OperandWritten { operand: 2 });
+
+    let line = line!() + 3;
+    let found = of(|p| {
+        p.page.store(p.k.zeros(Elem::F32.of([8, 128])));
+        p.page.copy_to(p.pages.at((0,)), p.done).start();
+    });
+    expect(found, line, |kind| *kind == FaultKind::OperandWritten { operand: 1 });
 }
 
 #[test]

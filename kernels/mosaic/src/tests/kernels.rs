@@ -39,8 +39,7 @@ fn a_product_is_that_of_plain_loops() {
             Contract::RhsTransposed => x[row * 256 + k] * y[column * 256 + k],
             Contract::LhsTransposed => x[k * 128 + row] * y[k * 384 + column],
         };
-        let expected: Vec<f32> =
-            (0..128 * 384).map(|i| (0..256).map(|k| at(i / 384, i % 384, k)).sum()).collect();
+        let expected: Vec<f32> = (0..128 * 384).map(|i| (0..256).map(|k| at(i / 384, i % 384, k)).sum()).collect();
         close(&outcome.outputs[0].to_f32(), &expected, 1e-4);
         assert_eq!(outcome.counters.matmul_flops, 2 * 128 * 256 * 384);
         assert_eq!(outcome.counters.ops["load"], 2);
@@ -65,9 +64,7 @@ fn page_gather() -> Kernel {
         let arrived = k.dma_semaphores(&[2]);
         let length = length.get((0,));
         let pages = (length + (PAGE - 1) as i32) >> 4;
-        let copy = |page, slot| {
-            kv.at((table.get((page,)),)).copy_to(ring.at((slot,)), arrived.at((slot,)))
-        };
+        let copy = |page, slot| kv.at((table.get((page,)),)).copy_to(ring.at((slot,)), arrived.at((slot,)));
         k.when(pages.gt(0), || copy(k.i32(0), k.i32(0)).start());
         let initial = [
             k.full(Elem::F32.of([ROWS, 1]), -1e30),

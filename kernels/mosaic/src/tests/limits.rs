@@ -62,7 +62,10 @@ fn too_much_is_refused_with_a_remedy() {
     let message = error(&large, &options(Generation::Tpu7x, 65));
     assert!(message.contains("a kernel on Tpu7x can have 67043328 bytes"), "{message}");
     assert!(large.program(&options(Generation::V6e, 65)).is_ok());
-    assert!(matches!(large.program(&CallOptions::new(Generation::V6e)), Err(CallError::Vmem { limit: 0x200_0000, .. })));
+    assert!(matches!(
+        large.program(&CallOptions::new(Generation::V6e)),
+        Err(CallError::Vmem { limit: 0x200_0000, .. })
+    ));
     let message = error(&holding(rows(1), Elem::I32.of([3000, 1])), &CallOptions::new(Generation::V6e));
     assert!(message.contains("smaller tables, of rank 1"), "{message}");
     let version = CallOptions { version: Some(*VERSIONS.end() + 1), ..CallOptions::new(Generation::V6e) };

@@ -89,7 +89,8 @@ fn memories_are_used_for_what_they_can() {
     reason(|k| drop_ref(k.input(Space::Vmem, Elem::I1.of([8, 128]))), "memories do not hold i1");
     reason(|k| drop_ref(k.input(Space::Vmem, Elem::F32.of([0, 128]))), "none of them 0");
     reason(|k| drop_ref(k.output_in_place(k.input(Space::Vmem, Elem::F32.of([8, 128])))), "only operands in HBM");
-    let split = |k: &Builder| k.input(Space::Vmem, Elem::Bf16.of([8, 128])).load_at((strided(0, 4, 2), ..)).store_nowhere();
+    let split =
+        |k: &Builder| k.input(Space::Vmem, Elem::Bf16.of([8, 128])).load_at((strided(0, 4, 2), ..)).store_nowhere();
     reason(split, "32-bit elements");
     let at = |k: &Builder| drop_ref(k.input(Space::Vmem, Elem::F32.of([8, 128])).at((strided(0, 4, 2), ..)));
     reason(at, "strides are for loads and stores");

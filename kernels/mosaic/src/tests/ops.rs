@@ -91,13 +91,7 @@ fn elementwise() -> Vec<(&'static str, Elem, Elem, Body, Reference)> {
             |x| f32::from_bits((x[0] as i32 as u32 & 0x3FFF) << 16),
         ),
         ("broadcast scalar", F32, F32, |k, x| x[0] * k.f32(3.0), |x| x[0] * 3.0),
-        (
-            "scalar condition",
-            F32,
-            F32,
-            |k, x| k.i32(3).gt(2).select(x[0], x[1]),
-            |x| x[0],
-        ),
+        ("scalar condition", F32, F32, |k, x| k.i32(3).gt(2).select(x[0], x[1]), |x| x[0]),
     ]
 }
 
@@ -162,9 +156,12 @@ fn structural() -> Vec<(&'static str, Vec<Tensor>, Tensor, Body)> {
         ("exact product", vec![F32.of([16, 128]), F32.of([128, 256])], F32.of([16, 256]), |_, x| {
             x[0].matmul(x[1], Contract::Plain, None, true)
         }),
-        ("added product", vec![Bf16.of([16, 128]), Bf16.of([256, 128]), F32.of([16, 256])], F32.of([16, 256]), |_, x| {
-            x[0].matmul(x[1], Contract::RhsTransposed, Some(x[2]), false)
-        }),
+        (
+            "added product",
+            vec![Bf16.of([16, 128]), Bf16.of([256, 128]), F32.of([16, 256])],
+            F32.of([16, 256]),
+            |_, x| x[0].matmul(x[1], Contract::RhsTransposed, Some(x[2]), false),
+        ),
         ("small product", vec![Bf16.of([8, 64]), Bf16.of([64, 128])], F32.of([8, 128]), |_, x| x[0].dot(x[1])),
         ("extract", vec![F32.of([8, 128])], F32.of([8, 128]), |_, x| {
             x[0].slice(&[0, 0], &[1, 1]).extract(&[0, 0]).broadcast(&[8, 128])
@@ -287,9 +284,7 @@ fn machinery() -> Kernel {
         let rows = (table.get((3,)) * 8).assume_multiple(8);
         let (page, slot) = (table.get((4,)), table.get((5,)));
         let arrived = arrived.at((slot,));
-        main.at((page, .., ds_dynamic(0, rows)))
-            .copy_to(ring.at((slot, .., ds_dynamic(0, rows))), arrived)
-            .start();
+        main.at((page, .., ds_dynamic(0, rows))).copy_to(ring.at((slot, .., ds_dynamic(0, rows))), arrived).start();
         // Another way to say the same bytes.
         let flat = ring.reshape(&[4 * 2 * 16, 128]).at((ds_dynamic(0, rows * 2),));
         flat.copy_to(flat, arrived).wait();
@@ -299,11 +294,7 @@ fn machinery() -> Kernel {
             |state| state[0].lt(table.get((6,))),
             |state| vec![state[0] + 1, state[1] + 1.0],
         );
-        let chosen = k.if_else(
-            table.get((7,)).gt(3),
-            || vec![grown[1] * 2.0],
-            || vec![grown[1] - 1.0],
-        );
+        let chosen = k.if_else(table.get((7,)).gt(3), || vec![grown[1] * 2.0], || vec![grown[1] - 1.0]);
         let sum = k.for_step(0, table.get((6,)), 2, &[k.i32(0)], |i, sum| vec![sum[0] + i]);
         let sum = (sum[0] % 7 + sum[0] / 2).max(sum[0]).min(1000);
         second.store(chosen[0] + sum.cast(Elem::F32));
@@ -326,8 +317,9 @@ fn scalars_memories_and_loops_do_as_they_are_told() {
         ];
         let outcome = run(&machinery(), &operands);
         let (x, y) = (x.to_f32(), y.to_f32());
-        let mut expected: Vec<f32> =
-            (0..8 * 128).map(|i| if i % 128 < 5 { 0.0 } else { x[(8 + i / 128) * 256 + i % 128] * 4.5 + 7.0 }).collect();
+        let mut expected: Vec<f32> = (0..8 * 128)
+            .map(|i| if i % 128 < 5 { 0.0 } else { x[(8 + i / 128) * 256 + i % 128] * 4.5 + 7.0 })
+            .collect();
         for (row, from) in [(1, 2), (3, 5), (5, 8), (7, 11)] {
             expected[row * 128..][..128].copy_from_slice(&y[from * 128..][..128]);
         }

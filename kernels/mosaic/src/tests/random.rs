@@ -73,7 +73,10 @@ impl<'k> Maker<'k, '_> {
     }
 
     fn keep_int(&mut self, value: Value<'k>, numbers: Vec<f64>) {
-        self.ints.push(Known { value: value & 0xFFF, numbers: numbers.into_iter().map(|x| f64::from(x as i64 as i32 & 0xFFF)).collect() });
+        self.ints.push(Known {
+            value: value & 0xFFF,
+            numbers: numbers.into_iter().map(|x| f64::from(x as i64 as i32 & 0xFFF)).collect(),
+        });
     }
 
     fn step(&mut self) {
@@ -88,12 +91,20 @@ impl<'k> Maker<'k, '_> {
                 let numbers = (0..a.numbers.len()).map(|at| if holds(at) { b.numbers[at] } else { 1.5 }).collect();
                 self.keep_float(mask.select(b.value, 1.5), numbers);
             }
-            3 => self.keep_int(i.value ^ (j.value << 2), map2(&i.numbers, &j.numbers, |i, j| f64::from(i as i32 ^ ((j as i32) << 2)))),
+            3 => self.keep_int(
+                i.value ^ (j.value << 2),
+                map2(&i.numbers, &j.numbers, |i, j| f64::from(i as i32 ^ ((j as i32) << 2))),
+            ),
             4 => self.keep_int(i.value + j.value * 3, map2(&i.numbers, &j.numbers, |i, j| i + 3.0 * j)),
-            5 => self.keep_int((a.value * 16.0).cast(Elem::I32), a.numbers.iter().map(|a| (a * 16.0).trunc()).collect()),
+            5 => {
+                self.keep_int((a.value * 16.0).cast(Elem::I32), a.numbers.iter().map(|a| (a * 16.0).trunc()).collect())
+            }
             6 => {
                 let scaled = i.value.cast(Elem::F32) * (1.0 / 4096.0);
-                self.keep_float(scaled.cast(Elem::Bf16).cast(Elem::F32), i.numbers.iter().map(|i| bf16_of(i / 4096.0)).collect());
+                self.keep_float(
+                    scaled.cast(Elem::Bf16).cast(Elem::F32),
+                    i.numbers.iter().map(|i| bf16_of(i / 4096.0)).collect(),
+                );
             }
             7 => self.minus_maximum(&a),
             8 => self.rotated(&a),
@@ -135,7 +146,9 @@ impl<'k> Maker<'k, '_> {
     fn product(&mut self, a: &Known<'k>) {
         let of = |at: usize| {
             let (row, column) = (at / LANES, at % LANES);
-            (0..LANES).map(|i| bf16_of(a.numbers[row * LANES + i]) * self.weight_numbers[column * LANES + i]).sum::<f64>()
+            (0..LANES)
+                .map(|i| bf16_of(a.numbers[row * LANES + i]) * self.weight_numbers[column * LANES + i])
+                .sum::<f64>()
         };
         let numbers = (0..ROWS * LANES).map(|at| of(at) / 64.0).collect();
         self.keep_float(a.value.cast(Elem::Bf16).dot_transposed(self.weights) * (1.0 / 64.0), numbers);
@@ -191,7 +204,8 @@ impl<'k> Maker<'k, '_> {
         let condition = self.table.get((1,)).gt(limit);
         let chosen = self.k.if_else(condition, || vec![a.value.abs()], || vec![-b.value]);
         let holds = self.table_numbers[1] > limit;
-        let numbers = if holds { a.numbers.iter().map(|a| a.abs()).collect() } else { b.numbers.iter().map(|b| -b).collect() };
+        let numbers =
+            if holds { a.numbers.iter().map(|a| a.abs()).collect() } else { b.numbers.iter().map(|b| -b).collect() };
         self.keep_float(chosen[0], numbers);
     }
 
@@ -233,7 +247,10 @@ fn kernel(seed: u64) -> (Kernel, Vec<Array>, Vec<f64>, Vec<f64>) {
             k,
             random: &mut random,
             floats: vec![Known { value: float, numbers: numbers[1].clone() }],
-            ints: vec![Known { value: int, numbers: numbers[2].iter().map(|x| f64::from(*x as i32 & 0xFFF)).collect() }],
+            ints: vec![Known {
+                value: int,
+                numbers: numbers[2].iter().map(|x| f64::from(*x as i32 & 0xFFF)).collect(),
+            }],
             pages,
             page_numbers: &numbers[4],
             weights,
@@ -251,10 +268,10 @@ fn kernel(seed: u64) -> (Kernel, Vec<Array>, Vec<f64>, Vec<f64>) {
             value: a.value + b.value,
             numbers: map2(&a.numbers, &b.numbers, |a, b| f32_of(a + b)),
         });
-        let int = maker.ints.drain(last_ints..).reduce(|a, b| Known {
-            value: a.value + b.value,
-            numbers: map2(&a.numbers, &b.numbers, |a, b| a + b),
-        });
+        let int = maker
+            .ints
+            .drain(last_ints..)
+            .reduce(|a, b| Known { value: a.value + b.value, numbers: map2(&a.numbers, &b.numbers, |a, b| a + b) });
         if let (Some(float), Some(int)) = (float, int) {
             float_out.store(float.value);
             staged.store(int.value);
