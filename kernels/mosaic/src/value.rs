@@ -168,13 +168,13 @@ impl Builder {
         self.full(tensor, 0)
     }
 
-    /// `i32` numbers 0, 1, 2, … along an axis. Vectors of rank 1 do not compile: use `[1, n]`.
+    /// `i32` numbers 0, 1, 2, … along an axis of at least two: `[1, n]` rather than `[n]`.
     #[track_caller]
     pub fn iota(&self, dims: impl Into<Vec<usize>>, axis: usize) -> Value<'_> {
         let dims = dims.into();
-        self.value(OpKind::Iota(axis), &[], |_| match axis < dims.len() {
+        self.value(OpKind::Iota(axis), &[], |_| match axis < dims.len() && dims.len() >= 2 {
             true => Ok(Type::vector(Elem::I32, dims)),
-            false => Err(format!("there is no axis {axis} among {dims:?}")),
+            false => Err(format!("there is no axis {axis} among two or more of {dims:?}")),
         })
     }
 }

@@ -111,7 +111,7 @@ fn product_type(product: Product, a: &Type, b: &Type) -> Result<Type, String> {
     }
     let ints = |elem: Elem| matches!(elem, Elem::I8 | Elem::I4);
     let elem = match (a.elem, b.elem) {
-        (x, y) if ints(x) && ints(y) => Elem::I32,
+        (x, y) if ints(x) && x == y => Elem::I32,
         (x, y) if x.is_float() && y.is_float() => Elem::F32,
         (x, y) => return Err(format!("there is no product of {x} and {y}")),
     };

@@ -63,7 +63,8 @@ fn values_have_the_types_that_operations_take() {
     reason(|k| k.zeros(Elem::F32.of([3, 128])).bitcast(Elem::Bf16).cast(Elem::I1).store_nowhere(), "cannot become i1");
     reason(|k| k.zeros(Elem::Bf16.of([3, 128])).bitcast(Elem::I32).store_nowhere(), "no whole number of i32 rows");
     reason(|k| k.full(Elem::F8E4M3.of([32, 128]), 1.0).store_nowhere(), "constants of 8-bit floats");
-    reason(|k| k.iota([8, 128], 2).store_nowhere(), "no axis 2");
+    reason(|k| k.iota([8, 128], 2).store_nowhere(), "no axis 2 among");
+    reason(|k| k.iota([128], 0).store_nowhere(), "among two or more of [128]");
     let ints = |k: &Builder| k.zeros(Elem::I8.of([32, 32])).dot(k.zeros(Elem::Bf16.of([32, 128]))).store_nowhere();
     reason(ints, "no product of i8 and bf16");
     reason(
