@@ -209,6 +209,11 @@ impl Builder {
         Ref::poisoned(self)
     }
 
+    /// Whether a value may be used here.
+    pub(crate) fn is_visible(&self, id: Id) -> bool {
+        self.state.borrow().is_open(id)
+    }
+
     /// Adds an operation and gives its results. A missing operand is the outcome of an earlier mistake: then nothing
     /// happens. `infer` checks the operands' types and gives the results'.
     #[track_caller]
@@ -221,7 +226,7 @@ impl Builder {
     ) -> Option<Vec<Id>> {
         let operands: Vec<Id> = operands.iter().copied().collect::<Option<_>>()?;
         let types: Vec<Type> = operands.iter().map(|id| self.type_of(*id)).collect();
-        let escaped = operands.iter().any(|id| !self.state.borrow().is_open(*id));
+        let escaped = operands.iter().any(|id| !self.is_visible(*id));
         let inferred = match escaped {
             true => Err("a value is used outside of the region that defines it".to_owned()),
             false => infer(&types),
@@ -279,7 +284,7 @@ impl Builder {
         expected: &[Option<Type>],
     ) -> Option<Block> {
         let ids: Option<Vec<Id>> = yields.iter().map(Value::id).collect();
-        let usable = ids.as_ref().is_some_and(|ids| ids.iter().all(|id| self.state.borrow().is_open(*id)));
+        let usable = ids.as_ref().is_some_and(|ids| ids.iter().all(|id| self.is_visible(*id)));
         let open = self.state.borrow_mut().open.pop()?;
         let ids = ids?;
         let found: Vec<_> = ids.iter().map(|id| self.type_of(*id)).collect();

@@ -100,13 +100,14 @@ impl Kernel {
             text,
             "\"stablehlo.custom_call\"({}) {{api_version = 1 : i32, backend_config = \"{config}\", \
              call_target_name = \"{TARGET}\", has_side_effect = false, kernel_name = \"{}\", operand_layouts = [{}], \
-             output_operand_aliases = [{}], result_layouts = [{}]}} : ({}) -> ({result_list})",
+             output_operand_aliases = [{}], result_layouts = [{}]}} : ({}) -> ({result_list}) loc(\"{}\")",
             names.join(", "),
             self.name,
             layouts(&operands),
             self.alias_attributes(),
             layouts(&results),
             operand_types.join(", "),
+            self.name,
         );
         let returned: Vec<_> = (0..results.len()).map(|i| format!("%0#{i}")).collect();
         let colon = if results.is_empty() { "" } else { " : " };

@@ -246,6 +246,10 @@ impl OpKind {
 }
 
 impl Unary {
+    pub fn is_transcendental(self) -> bool {
+        matches!(self, Self::Exp | Self::Exp2 | Self::Log | Self::Tanh | Self::Sqrt | Self::Rsqrt)
+    }
+
     pub fn name(self) -> &'static str {
         match self {
             Self::Exp => "exp",

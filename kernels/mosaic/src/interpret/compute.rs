@@ -218,24 +218,13 @@ fn compare(predicate: Predicate, operands: &Operands<'_>, out: &mut Register) {
 
 fn select(operands: &Operands<'_>, elem: Elem, out: &mut Register) {
     let (mask, a, b) = (operands.register(0), operands.register(1), operands.register(2));
-    let scalar = operands.shape(0).is_empty();
-    let mask_of = |lane: usize| if scalar { 0 } else { lane };
-    if scalar {
-        let chosen = if mask.lanes[0] != 0 { a } else { b };
-        out.lanes.copy_from_slice(&chosen.lanes);
-    } else {
-        let pairs = a.lanes.iter().zip(&b.lanes);
-        let lanes = out.lanes.iter_mut().zip(mask.lanes.iter().zip(pairs));
-        lanes.for_each(|(out, (mask, (a, b)))| *out = if *mask != 0 { *a } else { *b });
-    }
+    let lanes = out.lanes.iter_mut().zip(mask.lanes.iter().zip(a.lanes.iter().zip(&b.lanes)));
+    lanes.for_each(|(out, (mask, (a, b)))| *out = if *mask != 0 { *a } else { *b });
     out.dirty = mask.dirty || a.dirty || b.dirty;
     if out.dirty {
         for lane in 0..out.lanes.len() {
-            let chosen = if mask.lanes[mask_of(lane)] != 0 { a } else { b };
-            out.shadow[lane] = match mask.shadow_of(mask_of(lane)) {
-                0 => chosen.shadow_of(lane),
-                _ => all_undefined(elem),
-            };
+            let chosen = if mask.lanes[lane] != 0 { a } else { b };
+            out.shadow[lane] = if mask.shadow_of(lane) == 0 { chosen.shadow_of(lane) } else { all_undefined(elem) };
         }
     }
 }

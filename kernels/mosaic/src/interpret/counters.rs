@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::types::Space;
+use crate::{CostEstimate, types::Space};
 
 /// Counts of one run. They depend on the kernel and its operands alone, not on [`crate::Completion`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -21,6 +21,8 @@ pub struct Counters {
     pub output_bytes: u64,
     /// Two for each multiplication of a product on the matrix unit.
     pub matmul_flops: u64,
+    /// Lanes of exponentials, logarithms, hyperbolic tangents and roots.
+    pub transcendentals: u64,
     /// Operations that were executed, by name.
     pub ops: BTreeMap<&'static str, u64>,
 }
@@ -29,6 +31,12 @@ impl Counters {
     /// All bytes that the kernel moves from and to HBM.
     pub fn hbm_bytes(&self) -> u64 {
         self.bytes_in + self.bytes_out + 2 * self.bytes_within_hbm + self.operand_bytes + self.output_bytes
+    }
+
+    /// What XLA may be told of a call that takes as much as this run.
+    pub fn cost(&self) -> CostEstimate {
+        let Self { matmul_flops: flops, transcendentals, .. } = *self;
+        CostEstimate { flops, transcendentals, bytes_accessed: self.hbm_bytes() }
     }
 
     pub(super) fn add_copy(&mut self, (from, to): (Space, Space), bytes: usize) {

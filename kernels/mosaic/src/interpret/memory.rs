@@ -350,3 +350,6 @@ fn replaced(old: u8, mask: u8, undefined: u8) -> u8 {
         new
     }
 }
+
+#[cfg(test)]
+mod tests;

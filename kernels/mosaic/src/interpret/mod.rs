@@ -22,7 +22,7 @@
 //! move bytes, and a product's element depends on a whole row and a whole column, even where the other factor is zero (a
 //! NaN would, too). It is a fault when control flow, an address, a count or a copy to an output in HBM depends on
 //! something undefined, and when something undefined was *stored* to an output in VMEM or SMEM and is still there at
-//! the end. What was *never* written of an output is reported in the output ([`Array::is_defined`]).
+//! the end. (Two 4-bit integers share a byte, and are undefined together.) What was *never* written of an output is reported in the output ([`Array::is_defined`]).
 //!
 //! # Not here
 //!

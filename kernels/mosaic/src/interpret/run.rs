@@ -133,9 +133,16 @@ impl Runner<'_> {
                 let mut out = std::mem::take(&mut self.registers[result.reg]);
                 let all = Operands { registers: &self.registers, lanes: operands, shapes };
                 let done = compute(kind, result.elem, &all, &mut out);
-                if let OpKind::Matmul(product) = kind {
-                    let summed = shapes[0][product.lhs_axis];
-                    self.machine.counters.matmul_flops += 2 * (out.lanes.len() * summed) as u64;
+                let lanes = out.lanes.len() as u64;
+                match kind {
+                    OpKind::Matmul(product) => {
+                        let summed = shapes[0][product.lhs_axis] as u64;
+                        self.machine.counters.matmul_flops += 2 * lanes * summed;
+                    }
+                    OpKind::Unary(unary) if unary.is_transcendental() => {
+                        self.machine.counters.transcendentals += lanes;
+                    }
+                    _ => {}
                 }
                 self.registers[result.reg] = out;
                 done

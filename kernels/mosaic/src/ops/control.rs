@@ -64,7 +64,8 @@ impl Builder {
         );
     }
 
-    /// The results of one of two branches, which return the same types.
+    /// The results of one of two branches, which return the same types. A vector that both branches merely pass on is
+    /// refused by libtpu 0.0.52 (`Null layout / non-vector operand`): use [`Value::select`] for it.
     #[track_caller]
     pub fn if_else<'k>(
         &'k self,

@@ -179,17 +179,15 @@ impl<'k> Value<'k> {
     #[track_caller]
     pub fn select(self, on_true: Value<'k>, on_false: impl IntoValue<'k>) -> Value<'k> {
         let (a, b) = on_true.paired(on_false);
-        let dims = common_dims(&self.dims(), &a.dims());
-        let (mask, a, b) = match dims {
-            Some(dims) if !self.is_scalar() => (self.spread(&dims), a.spread(&dims), b.spread(&dims)),
-            _ => (self, a, b),
+        let (mask, a, b) = match common_dims(&self.dims(), &a.dims()) {
+            Some(dims) => (self.spread(&dims), a.spread(&dims), b.spread(&dims)),
+            None => (self, a, b),
         };
         self.k.value(OpKind::Select, &[mask, a, b], |types| {
             same_types(&types[1..])?;
-            match &types[0] {
-                Type::Scalar(Elem::I1) => Ok(types[1].clone()),
-                mask if mask.elem() == Some(Elem::I1) && mask.dims() == types[1].dims() => Ok(types[1].clone()),
-                mask => Err(format!("{mask} is no mask of {}", types[1])),
+            match types[0] == types[1].with_elem(Elem::I1) {
+                true => Ok(types[1].clone()),
+                false => Err(format!("{} is no mask of {}", types[0], types[1])),
             }
         })
     }

@@ -147,6 +147,9 @@ fn attention_over_pages_is_that_of_plain_loops() {
         let pages = length.div_ceil(PAGE);
         assert_eq!(outcome.counters.bytes_in, (pages * PAGE * DIM * 2) as u64);
         assert_eq!(outcome.counters.copies, pages as u64);
+        // Weights and scales, for each page.
+        assert_eq!(outcome.counters.cost().transcendentals, (pages * (ROWS * PAGE + ROWS)) as u64);
+        assert_eq!(outcome.counters.cost().flops, (pages * 2 * 2 * ROWS * PAGE * DIM) as u64);
     }
 }
 

@@ -1,3 +1,4 @@
+mod control;
 mod decode;
 mod faults;
 mod grouped;
