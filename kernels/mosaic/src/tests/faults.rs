@@ -1,9 +1,9 @@
 //! Each thing that a kernel can do wrong, and where the interpreter says that it happens.
 
 use crate::{
-    Array, Builder, Completion, Elem, Fault, FaultKind, Interpreter, Kernel, Place, Ref, RunError, RunOptions,
-    Semaphore, Space, ds, ds_dynamic,
-    tests::support::{fault, noise, run},
+    Array, Builder, Completion, CopyRaces, Elem, Fault, FaultKind, Interpreter, Kernel, Place, Ref, RunError,
+    RunOptions, Semaphore, Space, ds, ds_dynamic,
+    tests::support::{COMPLETIONS, fault, noise, run, run_with},
 };
 
 const VMEM: Space = Space::Vmem;
@@ -111,6 +111,71 @@ fn nothing_is_written_while_a_copy_uses_it() {
         p.page.store_masked((), p.k.zeros(Elem::F32.of([8, 128])), lanes);
     });
     expect(found, line, |kind| matches!(kind, FaultKind::WriteInFlight { .. }));
+}
+
+#[test]
+fn a_source_is_free_when_all_its_copies_are_done() {
+    let line = line!() + 9;
+    let found = of(|p| {
+        let zeros = p.k.zeros(Elem::F32.of([8, 128]));
+        p.page.store(zeros);
+        let other = p.k.scratch(VMEM, Elem::F32.of([8, 128]));
+        let copies = [p.page.copy_to(p.out, p.done), p.page.copy_to(other, p.k.dma_semaphores(&[]))];
+        copies.iter().for_each(|copy| copy.start());
+        copies[0].wait();
+        // The second copy still reads it.
+        p.page.store(zeros);
+        copies[1].wait();
+    });
+    expect(found, line, |kind| matches!(kind, FaultKind::WriteInFlight { .. }));
+}
+
+/// A page is fetched while its row 3 is written in HBM, in either order; then rows of it are put out.
+fn race(write_first: bool, mask: bool) -> Kernel {
+    let built = Kernel::build("race", |k| {
+        let new = k.input(VMEM, Elem::F32.of([1, 128]));
+        let memory = k.input(Space::Hbm, Elem::F32.of([8, 128]));
+        let out = k.output(VMEM, Elem::F32.of([8, 128]));
+        let memory = k.output_in_place(memory);
+        let page = k.scratch(VMEM, Elem::F32.of([8, 128]));
+        let fetch = memory.copy_to(page, k.dma_semaphores(&[]));
+        let write = new.copy_to(memory.at((ds(3, 1),)), k.dma_semaphores(&[]));
+        let (first, second) = if write_first { (write, fetch) } else { (fetch, write) };
+        first.start();
+        second.start();
+        first.wait();
+        second.wait();
+        let others = k.iota([8, 128], 0).ne(3);
+        let rows = if mask { others.select(page.load(), 0.0) } else { page.load() };
+        out.store(rows);
+    });
+    built.unwrap_or_else(|error| panic!("{error}"))
+}
+
+#[test]
+fn what_two_copies_race_for_is_undefined_at_best() {
+    let operands = [noise(Elem::F32.of([1, 128]), 1), noise(Elem::F32.of([8, 128]), 2)];
+    for write_first in [false, true] {
+        let found = fault(&race(write_first, true), &operands).kind;
+        let expected = match write_first {
+            true => matches!(found, FaultKind::ReadInFlight { .. }),
+            false => matches!(found, FaultKind::WriteInFlight { .. }),
+        };
+        assert!(expected, "{found}");
+        let options = RunOptions { copy_races: CopyRaces::Undefined, ..RunOptions::default() };
+        let outcome = run_with(&race(write_first, true), &operands, &options);
+        let (new, old) = (operands[0].to_f32(), operands[1].to_f32());
+        let mut expected = old.clone();
+        expected[3 * 128..4 * 128].fill(0.0);
+        assert_eq!(outcome.outputs[0].to_f32(), expected);
+        expected[3 * 128..4 * 128].copy_from_slice(&new);
+        assert_eq!(outcome.outputs[1].to_f32(), expected);
+        for completion in COMPLETIONS {
+            let options = RunOptions { completion, ..options.clone() };
+            let error = Interpreter::new(&race(write_first, false)).run(&operands, &options).unwrap_err();
+            assert_eq!(error.fault(), Some(&FaultKind::UndefinedOutput { output: 0 }), "{completion:?}");
+        }
+    }
 }
 
 #[test]
@@ -256,6 +321,49 @@ fn what_is_masked_out_may_be_undefined() {
     let output = &run(&partly, &operands()).outputs[0];
     assert_eq!(output.undefined_elements(), 6 * 128);
     assert!(output.is_defined(255) && !output.is_defined(256));
+}
+
+/// Lanes of the output that depend on something undefined.
+fn undefined(body: impl for<'k> FnOnce(Parts<'k>)) -> Vec<usize> {
+    let options = RunOptions { allow_undefined_outputs: true, ..RunOptions::default() };
+    let output = &run_with(&kernel(body), &operands(), &options).outputs[0];
+    (0..1024).filter(|element| !output.is_defined(*element)).collect()
+}
+
+#[test]
+fn what_depends_on_something_undefined_is() {
+    let lanes = |from: usize, to: usize| (from..to).collect::<Vec<_>>();
+    let indices = undefined(|p| {
+        let indices = p.k.scratch(VMEM, Elem::I32.of([8, 128]));
+        indices.store_at((ds(0, 7), ..), p.k.zeros(Elem::I32.of([7, 128])));
+        p.out.store(p.k.zeros(Elem::F32.of([8, 128])).gather(indices.load(), 1));
+    });
+    assert_eq!(indices, lanes(7 * 128, 1024));
+
+    let mask = undefined(|p| {
+        p.page.store_at((ds(1, 7), ..), p.k.zeros(Elem::F32.of([7, 128])));
+        let zeros = p.k.zeros(Elem::F32.of([8, 128]));
+        p.out.store(zeros);
+        p.out.store_masked((), zeros, p.page.load().gt(1.0));
+    });
+    assert_eq!(mask, lanes(0, 128));
+
+    // The sign is the upper half's.
+    let sign = undefined(|p| {
+        let halves = p.k.scratch(VMEM, Elem::Bf16.of([16, 128]));
+        let rows = p.k.iota([16, 128], 0);
+        halves.store_masked((), p.k.zeros(Elem::Bf16.of([16, 128])), (rows & 1).eq(0) | rows.ge(2));
+        let words = halves.bitcast(Elem::I32).load();
+        p.out.store(((words >> 16) >> 16).cast(Elem::F32) + (words & 0xFFFF).cast(Elem::F32));
+    });
+    assert_eq!(sign, lanes(0, 128));
+    let low = undefined(|p| {
+        let halves = p.k.scratch(VMEM, Elem::Bf16.of([16, 128]));
+        halves.store_masked((), p.k.zeros(Elem::Bf16.of([16, 128])), (p.k.iota([16, 128], 0) & 1).eq(1));
+        let words = halves.bitcast(Elem::I32).load();
+        p.out.store(((words >> 16) ^ words.shift_right_logical(31)).cast(Elem::F32));
+    });
+    assert!(low.is_empty(), "{low:?}");
 }
 
 #[test]

@@ -80,6 +80,7 @@ fn elementwise() -> Vec<(&'static str, Elem, Elem, Body, Reference)> {
         ("i8 to f32", I8, F32, |_, x| x[0].cast(F32), |x| x[0]),
         ("i8 to bf16", I8, Bf16, |_, x| x[0].cast(Bf16), |x| x[0]),
         ("i32 to i8", I32, I8, |_, x| x[0].cast(I8), |x| f32::from(x[0] as i32 as i8)),
+        ("i32 wraps to i8", I32, I32, |_, x| (x[0] * 5).cast(I8).cast(I32), |x| f32::from((x[0] as i32 * 5) as i8)),
         ("i32 to bf16", I32, Bf16, |_, x| x[0].cast(Bf16), |x| x[0]),
         ("f32 to i8", F32, I8, |_, x| (x[0] * 100.0).cast(I8), |x| (x[0] * 100.0).trunc()),
         ("bitcast", F32, I32, |_, x| x[0].bitcast(I32) >> 20, |x| (x[0].to_bits() as i32 >> 20) as f32),
@@ -327,6 +328,21 @@ fn bits_survive_the_way_there_and_back() {
         let operand = Array::from_i32(Elem::I32.of([16, 128]), &words);
         assert_eq!(run(&kernel, &[operand]).outputs[0].to_i32(), words, "{elem}");
     }
+}
+
+/// Copies whose ends share words along different axes go element by element; the compiler refuses them.
+#[test]
+fn a_column_of_packed_elements_is_copied() {
+    let kernel = Kernel::build("column", |k| {
+        let matrix = k.input(Space::Hbm, Elem::Bf16.of([4, 8, 128]));
+        let out = k.output(Space::Hbm, Elem::Bf16.of([4, 8]));
+        let copy = matrix.at((.., .., 5)).copy_to(out, k.dma_semaphores(&[]));
+        copy.start();
+        copy.wait();
+    });
+    let operand = noise(Elem::Bf16.of([4, 8, 128]), 1);
+    let expected: Vec<f32> = operand.to_f32().into_iter().skip(5).step_by(128).collect();
+    assert_eq!(run(&kernel.unwrap(), &[operand]).outputs[0].to_f32(), expected);
 }
 
 /// Scalars, memories, loops, semaphores: everything that is not a computation on vectors.
