@@ -104,14 +104,15 @@ impl Machine {
             return Err(FaultKind::CopyShapes { source_dims: from.to_vec(), destination_dims: to.to_vec() });
         }
         let raced = self.read_race(&source)?;
+        let bytes = source.bytes();
+        let started = Place(location);
+        // Before the destination is checked, so that a copy onto itself is found.
+        self.in_flight.push(Transfer { source, destination, semaphore, bytes, moved: false, raced, started });
         self.memories[source.memory].set_flags(&source, READ_IN_FLIGHT);
         self.write_race(&destination)?;
         self.memories[destination.memory].set_flags(&destination, WRITTEN_IN_FLIGHT);
-        let bytes = source.bytes();
         let spaces = (self.memories[source.memory].space, self.memories[destination.memory].space);
         self.counters.add_copy(spaces, bytes);
-        let started = Place(location);
-        self.in_flight.push(Transfer { source, destination, semaphore, bytes, moved: false, raced, started });
         match self.completion {
             Completion::AtStart => self.move_data(self.in_flight.len() - 1),
             Completion::OnWait => {}

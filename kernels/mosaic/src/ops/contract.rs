@@ -89,7 +89,11 @@ impl<'k> Value<'k> {
         let kind = OpKind::Reduce(reduction, axis);
         let Some(id) = self.id() else { return self };
         if axis >= dims.len() || dims.len() < 2 || !matches!(elem, Elem::F32 | Elem::I32 | Elem::Bf16) {
-            return self.k.fail(kind.name(), &[id], format!("axis {axis} of f32, bf16 or i32 with 2 axes or more"));
+            return self.k.fail(
+                kind.name(),
+                &[id],
+                format!("it takes vectors of f32, bf16 or i32 with two axes or more, one of them axis {axis}"),
+            );
         }
         dims.remove(axis);
         let result = Type::vector(elem, dims.clone());

@@ -102,10 +102,9 @@ impl<'k> Value<'k> {
         self.k.value(OpKind::Binary(binary), &[a, b], |types| {
             let elem = same_types(types)?;
             let fits = match binary {
-                Binary::Add | Binary::Sub | Binary::Mul | Binary::Max | Binary::Min => {
+                Binary::Add | Binary::Sub | Binary::Mul | Binary::Div | Binary::Max | Binary::Min => {
                     matches!(elem, Elem::F32 | Elem::Bf16 | Elem::I32)
                 }
-                Binary::Div => matches!(elem, Elem::F32 | Elem::Bf16 | Elem::I32),
                 Binary::Rem | Binary::ShiftLeft | Binary::ShiftRight | Binary::ShiftRightLogical => elem == Elem::I32,
                 Binary::And | Binary::Or | Binary::Xor => matches!(elem, Elem::I32 | Elem::I1),
             };

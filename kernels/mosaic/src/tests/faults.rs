@@ -420,6 +420,18 @@ fn operands_are_not_written() {
 }
 
 #[test]
+fn copies_do_not_overlap_themselves() {
+    let line = line!() + 5;
+    let found = of(|p| {
+        let memory = p.k.scratch(VMEM, Elem::F32.of([16, 128]));
+        memory.store(p.k.zeros(Elem::F32.of([16, 128])));
+        let [from, to] = [0, 4].map(|row| memory.at((ds(row, 8),)));
+        from.copy_to(to, p.done).start();
+    });
+    expect(found, line, |kind| matches!(kind, FaultKind::WriteInFlight { started } if started.0.line() == line));
+}
+
+#[test]
 fn copies_are_of_equal_boxes() {
     let line = line!() + 3;
     let found = of(|p| {
