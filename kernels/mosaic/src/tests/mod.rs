@@ -1,0 +1,12 @@
+mod control;
+mod decode;
+mod faults;
+mod grouped;
+mod kernels;
+mod limits;
+mod mistakes;
+mod ops;
+mod random;
+mod support;
+mod text;
+mod tpu;
