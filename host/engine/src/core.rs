@@ -373,7 +373,7 @@ impl Core {
         let begun = self.last_finished.replace(finished).map_or(launched, |last| last.max(launched));
         let decodes = batch.rows.iter().filter(|row| row.len == 1).count();
         self.pace.note(decodes, batch.tokens() - decodes, finished - begun);
-        if let Some(tokens) = self.pace.prompt_tokens() {
+        if let Some(tokens) = self.pace.prompt_tokens(decodes) {
             self.scheduler.limit_mixed_prefill(tokens);
         }
     }
