@@ -56,7 +56,7 @@ impl Pace {
         let known = |size: usize| self.decode[size].or(self.beside[size]);
         let decode = (0..=size(decodes)).rev().find_map(known)?;
         let tokens = (self.slowdown - 1.0) * decode / self.token?;
-        Some(if tokens.is_finite() { tokens as usize } else { usize::MAX })
+        Some(if tokens.is_finite() { tokens.round() as usize } else { usize::MAX })
     }
 }
 
