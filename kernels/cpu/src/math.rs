@@ -69,7 +69,7 @@ pub fn exp(x: f32) -> f32 {
 
 /// Taylor's series of `2^r`, the highest power first, which for `|r| <= 1/2` is within a unit in the last place.
 const EXP2: [f32; 8] =
-    [1.525_273_4e-5, 1.540_353e-4, 1.333_355_8e-3, 9.618_129e-3, 5.550_411e-2, 2.402_265_1e-1, 6.931_472e-1, 1.0];
+    [1.525_273_4e-5, 1.540_353e-4, 1.333_355_8e-3, 9.618_129e-3, 5.550_411e-2, 2.402_265e-1, 6.931_472e-1, 1.0];
 
 /// 2 to the power of `x`, to within about 2 units in the last place; 0 below -126, infinite above 128, NaN stays.
 #[inline(always)]

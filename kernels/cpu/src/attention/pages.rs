@@ -197,7 +197,8 @@ const PART_TOKENS: usize = 128;
 fn part_start(step: &Step<'_>, part: usize) -> usize {
     let tokens = step.tokens();
     let is_start = |token: &usize| {
-        step.kv_slot[*token] as usize % GROUP == 0 || step.cu_q_lens[..step.num_seqs].contains(&(*token as i32))
+        (step.kv_slot[*token] as usize).is_multiple_of(GROUP)
+            || step.cu_q_lens[..step.num_seqs].contains(&(*token as i32))
     };
     (part * PART_TOKENS..tokens).find(is_start).unwrap_or(tokens)
 }

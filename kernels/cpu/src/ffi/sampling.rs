@@ -185,7 +185,7 @@ impl Kernel for Sample {
             let [rows, width] = words.dims()?;
             expect("the number of tokens", tokens.len(), inputs.slots.len())?;
             expect("the rows of words", rows, inputs.slots.len())?;
-            if width < WORDS || (width - WORDS) % 2 != 0 || width > WORDS + 2 * TOP_MAX {
+            if width < WORDS || !(width - WORDS).is_multiple_of(2) || width > WORDS + 2 * TOP_MAX {
                 return Err(Fault::invalid(format!(
                     "{width} words of a row are not {WORDS} and two for each likely token"
                 )));
