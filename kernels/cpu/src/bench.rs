@@ -120,13 +120,15 @@ pub fn linear_layers(
     let x = vec![bf16::from_f32(0.25); rows * widest(|shape| shape.0)];
     let mut y = vec![bf16::ZERO; rows * widest(|shape| shape.1)];
     let operations: f64 = shapes.iter().map(|(columns, outputs)| 2.0 * (rows * columns * outputs) as f64).sum();
-    let run = |memory: &mut Memory| {
-        for start in &starts {
-            let Ok(w) = PackedMatrix::parse(&memory[*start..]) else { continue };
-            linear(&x[..rows * w.columns()], &w, Epilogue::NONE, &mut y[..rows * w.rows()]);
+    let memory = &memory[..];
+    let parse = |start: &usize| PackedMatrix::parse(&memory[*start..]);
+    let mut matrices: Vec<_> = starts.iter().map(parse).collect::<Result<_, _>>()?;
+    let run = |matrices: &mut Vec<PackedMatrix<'_>>| {
+        for w in matrices {
+            linear(&x[..rows * w.columns()], w, Epilogue::NONE, &mut y[..rows * w.rows()]);
         }
     };
-    Ok(Timing::of(rounds, operations, Arithmetic::of(format), &mut memory, run, |memory| memory))
+    Ok(Timing::of(rounds, operations, Arithmetic::of(format), &mut matrices, run, |_| memory))
 }
 
 /// Rows of blocks or floats from a small generator.

@@ -1,42 +1,4 @@
-//! Elementary functions over slices.
-
-use torus_abi::fragment::Activation;
-
-use crate::Level;
-
-/// Applies an activation in place.
-pub fn activate(level: Level, values: &mut [f32], activation: Activation) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-        fn avx512(values: &mut [f32], activation: Activation) {
-            plain(values, activation);
-        }
-        #[target_feature(enable = "avx2,fma")]
-        fn avx2(values: &mut [f32], activation: Activation) {
-            plain(values, activation);
-        }
-        match level {
-            // SAFETY: the level is one that this machine has.
-            Level::Avx512 => return unsafe { avx512(values, activation) },
-            // SAFETY: as above.
-            Level::Avx2 => return unsafe { avx2(values, activation) },
-            _ => {}
-        }
-    }
-    let _ = level;
-    plain(values, activation);
-}
-
-#[inline(always)]
-fn plain(values: &mut [f32], activation: Activation) {
-    match activation {
-        Activation::Silu => values.iter_mut().for_each(|x| *x /= 1.0 + exp(-*x)),
-        Activation::GeluTanh => values.iter_mut().for_each(|x| *x = gelu_tanh(*x)),
-        Activation::Gelu => values.iter_mut().for_each(|x| *x = gelu(*x)),
-        Activation::Relu => values.iter_mut().for_each(|x| *x = if *x < 0.0 { 0.0 } else { *x }),
-    }
-}
+//! Elementary functions, written so that loops over them become vector code.
 
 /// e to the power of `x`, to within about 2 units in the last place; 0 below -87.3, infinite above 88.7, NaN stays.
 /// Written so that loops over it become vector code: `2^n · e^r` with `|r| <= ln(2) / 2`, and a polynomial for `e^r`.
@@ -113,31 +75,6 @@ pub(crate) fn ln(x: f32) -> f32 {
     m + low + n * 0.693_359_4
 }
 
-/// GELU by its tanh approximation (Hendrycks and Gimpel, 2016).
-#[inline(always)]
-fn gelu_tanh(x: f32) -> f32 {
-    const SQRT_2_OVER_PI: f32 = 0.797_884_6;
-    let inner = SQRT_2_OVER_PI * (x + 0.044_715 * x * x * x);
-    // 0.5 (1 + tanh(y)) = 1 / (1 + exp(-2 y))
-    x / (1.0 + exp(-2.0 * inner))
-}
-
-/// GELU with the error function by Abramowitz and Stegun's formula 7.1.26, which is within 1.5e-7.
-#[inline(always)]
-fn gelu(x: f32) -> f32 {
-    let z = x.abs() * std::f32::consts::FRAC_1_SQRT_2;
-    let t = 1.0 / (1.0 + 0.327_591_1 * z);
-    let mut p = 1.061_405_4;
-    p = p * t - 1.453_152;
-    p = p * t + 1.421_413_7;
-    p = p * t - 0.284_496_74;
-    p = p * t + 0.254_829_6;
-    let tail = p * t * exp(-z * z);
-    // Half of the complementary error function, which keeps its digits where x is far below 0.
-    let below = 0.5 * tail;
-    x * if x < 0.0 { below } else { 1.0 - below }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -175,43 +112,5 @@ mod tests {
         assert!(errors.fold(0.0, f64::max) < 3e-7);
         let close = 1.0 - 0.5f32.powi(24);
         assert!((ln(close) / -0.5f32.powi(24) - 1.0).abs() < 1e-6 && ln(1.0) == 0.0);
-    }
-
-    #[test]
-    fn activations_equal_their_definitions_at_every_level() {
-        let values: Vec<f32> = (-1200..1200).map(|i| i as f32 * 0.01).collect();
-        let exact = |activation: Activation, x: f64| match activation {
-            Activation::Silu => x / (1.0 + (-x).exp()),
-            Activation::Relu => x.max(0.0),
-            Activation::GeluTanh => {
-                0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x * x * x)).tanh())
-            }
-            Activation::Gelu => {
-                // The error function by its series, good enough up to 5; beyond, it is 1.
-                let z = x / 2f64.sqrt();
-                let mut term = z;
-                let mut sum = z;
-                for n in 1..200 {
-                    term *= -z * z / f64::from(n);
-                    sum += term / f64::from(2 * n + 1);
-                }
-                let erf = if z.abs() > 5.0 { z.signum() } else { sum * 2.0 / std::f64::consts::PI.sqrt() };
-                0.5 * x * (1.0 + erf)
-            }
-        };
-        for level in Level::available() {
-            for activation in [Activation::Silu, Activation::GeluTanh, Activation::Gelu, Activation::Relu] {
-                let mut found = values.clone();
-                activate(level, &mut found, activation);
-                for (x, found) in values.iter().zip(&found) {
-                    let expected = exact(activation, f64::from(*x));
-                    let error = (f64::from(*found) - expected).abs();
-                    assert!(
-                        error < 2e-6 * (1.0 + expected.abs()),
-                        "{level} {activation:?}({x}) = {found}, not {expected}"
-                    );
-                }
-            }
-        }
     }
 }
