@@ -15,13 +15,22 @@ say() { printf '%s\n' "$*" >&2; }
 
 as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi; }
 
+# Whether a file matches one of the patterns.
+any_file() {
+  local pattern
+  for pattern; do compgen -G "$pattern" >/dev/null && return; done
+  return 1
+}
+
 install_packages() {
   local missing=()
   command -v protoc >/dev/null || missing+=(protobuf-compiler)
+  # The types that other .proto files import; a package of its own, which protoc only recommends.
+  any_file /usr/include/google/protobuf/any.proto /usr/local/include/google/protobuf/any.proto || missing+=(libprotobuf-dev)
   command -v cc >/dev/null || missing+=(build-essential)
   command -v unzip >/dev/null || missing+=(unzip)
-  ls /usr/lib/llvm-*/lib/libclang.so* /usr/lib/*/libclang*.so* >/dev/null 2>&1 || missing+=(libclang-dev)
-  ls /usr/lib/gcc/*/*/include/stddef.h /usr/lib/clang/*/include/stddef.h >/dev/null 2>&1 || missing+=(clang)
+  any_file '/usr/lib/llvm-*/lib/libclang.so*' '/usr/lib/*/libclang*.so*' || missing+=(libclang-dev)
+  any_file '/usr/lib/gcc/*/*/include/stddef.h' '/usr/lib/clang/*/include/stddef.h' || missing+=(clang)
   python3 -m pip --version >/dev/null 2>&1 || missing+=(python3-pip)
   [ "${#missing[@]}" = 0 ] && return
   say "installing ${missing[*]}"
