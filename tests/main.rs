@@ -4,6 +4,7 @@
 mod abi;
 mod architecture;
 mod authoring;
+mod blueprint;
 mod check;
 mod cpu;
 mod engine;

@@ -13,6 +13,7 @@
 //! - A failed step ends no request but the one that causes it.
 
 pub mod api;
+mod blueprint;
 mod budget;
 mod compile;
 pub mod config;
@@ -37,6 +38,7 @@ mod stats;
 mod testing;
 mod watchdog;
 
+pub use blueprint::{Blueprint, StepKind};
 pub use budget::{MemoryBudget, Shortage};
 pub use compile::CompileError;
 pub use config::{EngineConfig, KvCacheDtype, NullConfig};
@@ -44,5 +46,5 @@ pub use device::Device;
 pub use handle::EngineHandle;
 pub use kernels::register_kernels;
 pub use load::StartError;
-pub use program::AssembleError;
+pub use program::{AssembleError, Rows};
 pub use start::{start, start_null};

@@ -2,27 +2,21 @@
 
 use std::{fs, io, path::PathBuf, sync::Arc};
 
-use torus_abi::{
-    DType, TensorType,
-    attention::{AttentionQuery, Target as AttentionTarget},
-    model::{GgufAnswer, ModelDescription, ModelOptions, Parallel, StateKind, WeightRole, WeightSpec},
-    step::StepShape,
-};
-use torus_cpu::packed::Format;
+use torus_abi::{TensorType, step::StepShape};
 use torus_pjrt::{Buffer, LoadedExecutable, PjrtError};
-use torus_plugins::{CallError, OpenModel, Plugin, RegistryError};
-use torus_weights::{Checkpoint, LoadPlan, Progress, StorageDType, Target as WeightTarget, WeightsError};
+use torus_plugins::{CallError, RegistryError};
+use torus_weights::{Checkpoint, LoadPlan, Progress, WeightsError};
 
 use crate::{
     api::{ModelInfo, Readiness},
+    blueprint::{Blueprint, OpenedModel, StepKind},
     budget::{Reservation, Shortage},
     compile::{CacheKey, CompileError, Compiler},
-    config::{DtypeChoice, EngineConfig, KvCacheDtype, Platform},
+    config::{EngineConfig, Platform},
     device::{DeviceState, Loaders, StepDevice, Target},
     handle::{Shared, lock},
     kernels::{register_host_kernels, register_kernels},
-    memory,
-    program::{Arguments, AssembleError, Assembler, Rows, StepLayout, WeightMap, initial_state, load_pages, load_row},
+    program::{Arguments, AssembleError, Rows, StepLayout, WeightMap, initial_state, load_pages, load_row},
     sink::DeviceSink,
 };
 
@@ -55,7 +49,7 @@ pub enum StartError {
     Cancelled,
 }
 
-fn invalid(field: &'static str, message: impl Into<String>) -> StartError {
+pub(crate) fn invalid(field: &'static str, message: impl Into<String>) -> StartError {
     StartError::Config { field, message: message.into() }
 }
 
@@ -111,50 +105,23 @@ impl Loaded {
 pub(crate) fn load(config: &EngineConfig, shared: &Shared) -> Result<Loaded, StartError> {
     let target = config.device.open()?;
     let checkpoint = Checkpoint::open(&config.model)?;
-    let (plugin, gguf, model) = open_model(config, &checkpoint)?;
-    let description = model.describe()?;
-    check_description(plugin.name(), &description)?;
-    let activations = activations(config.dtype, description.dtype);
-    let weights = weight_plan(config, &checkpoint, gguf.as_ref(), &description, activations)?;
-    let plan = memory::plan(config, &description)?;
-    let queries = attention_queries(config, &description, activations, plan.shape(1, 1), &target);
-    let (attention, answers) = config.plugins.attention(config.attention_backend.as_deref(), &queries)?;
-    let page_bytes: u64 = description.layers.iter().map(|kind| answers[*kind].page_bytes).sum();
-    let plan = plan.with_pages(config, page_bytes, weights.bytes())?;
-    tracing::info!(
-        attention = attention.name(),
-        %activations,
-        kv_tokens = plan.kv_tokens(),
-        kv_bytes = plan.pages * page_bytes,
-        max_running = plan.max_running,
-        "memory is planned"
-    );
-    let bytes = weights.bytes() + plan.pages * page_bytes;
+    let opened = OpenedModel::of_checkpoint(config, &checkpoint)?;
+    let weights = opened.load_plan(config, &checkpoint)?;
+    let blueprint = Blueprint::new(config, opened, weights.weights(), &target.description())?;
+    let bytes = blueprint.bytes();
     let at_once = (config.memory.released_bytes == 0).then(|| config.memory.budget.reserve(bytes)).transpose()?;
-    let runs_kernels = config.device.platform() == Platform::Cpu;
-    if runs_kernels {
+    if config.device.platform() == Platform::Cpu {
         config.device.cpu_threads().into_iter().for_each(torus_plugins::limit_kernel_threads);
         register_host_kernels(&target.plugin)?;
-        for plugin in [&plugin, &attention] {
+        for plugin in [&blueprint.plugin, &blueprint.attention] {
             register_kernels(&target.plugin, plugin)?;
         }
     }
-    let interface = attention.attention().ok_or_else(|| invalid("attention_backend", "it offers no attention"))?;
-    let assembler = Assembler {
-        model,
-        attention: interface.clone(),
-        queries: queries.iter().map(|query| AttentionQuery { shape: plan.shape(1, 1), ..query.clone() }).collect(),
-        activations,
-        weights: WeightMap::new(&weights, &description.weights),
-        max_running: plan.max_running as u64,
-        runs_kernels,
-        own_kernels: runs_kernels && config.cpu_kernels,
-        description,
-    };
     let key = cache_key(config, &target)?;
     let compiler = Compiler::new(target.client.clone(), shared, config.cache_dir.as_deref(), key);
-    let programs = compile(config, &compiler, &assembler, &plan, shared)?;
+    let programs = compile(config, &compiler, &blueprint, shared)?;
     let reservation = at_once.map_or_else(|| wait_for_memory(config, bytes, shared), Ok)?;
+    let Blueprint { plugin, attention, plan, assembler, .. } = blueprint;
     let weights = load_weights(config, &weights, &assembler.weights, &target, shared)?;
     let arguments = assembler.arguments(plan.shape(1, 1))?;
     let state = DeviceState::new(target.clone(), arguments, weights.into(), Arc::new(programs.loaders))?;
@@ -166,7 +133,7 @@ pub(crate) fn load(config: &EngineConfig, shared: &Shared) -> Result<Loaded, Sta
         max_total_tokens: plan.kv_tokens(),
         max_running_requests: plan.max_running,
         page_size: plan.page_size as usize,
-        dtype: activations.to_string(),
+        dtype: assembler.activations.to_string(),
         weight_bytes: assembler.weights.bytes_per_step(),
         attention_backend: attention.name().to_owned(),
         model_plugin: format!("{} {}", plugin.name(), plugin.manifest.version),
@@ -198,78 +165,6 @@ fn wait_for_memory(config: &EngineConfig, bytes: u64, shared: &Shared) -> Result
     reservation.ok_or(StartError::Cancelled)
 }
 
-type Opened = (Arc<Plugin>, Option<GgufAnswer>, OpenModel);
-
-/// Finds the plugin that serves the checkpoint, and opens the model.
-fn open_model(config: &EngineConfig, checkpoint: &Checkpoint) -> Result<Opened, StartError> {
-    let (plugin, gguf, hf_config) = match checkpoint.gguf_query() {
-        Some(query) => {
-            let architecture = query.metadata.get("general.architecture").and_then(|name| name.as_str());
-            let plugin = config.plugins.gguf_model(architecture.unwrap_or("(none)"))?.clone();
-            let answer = interface(&plugin)?.from_gguf(&query)?;
-            let hf_config = answer.config.clone();
-            (plugin, Some(answer), hf_config)
-        }
-        None => {
-            let hf_config = checkpoint.config().cloned().unwrap_or_default();
-            let architecture = hf_config["architectures"][0].as_str().unwrap_or("(none)");
-            let plugin = config.plugins.model(architecture)?.clone();
-            (plugin, None, hf_config)
-        }
-    };
-    let options = ModelOptions { config: hf_config, parallel: Parallel::default() };
-    let model = interface(&plugin)?.open(&options)?;
-    tracing::info!(plugin = plugin.name(), model = %checkpoint.path().display(), "model opened");
-    Ok((plugin, gguf, model))
-}
-
-/// What the host indexes by must be there.
-fn check_description(plugin: &str, description: &ModelDescription) -> Result<(), StartError> {
-    let kinds = description.kinds.len();
-    match description.layers.iter().position(|kind| *kind >= kinds) {
-        None if description.vocab > 0 && description.context_length > 0 => Ok(()),
-        None => Err(invalid("model", format!("plugin '{plugin}' describes a model without vocabulary or context"))),
-        Some(layer) => {
-            let kind = description.layers[layer];
-            Err(invalid("model", format!("plugin '{plugin}': layer {layer} is of kind {kind}, and there are {kinds}")))
-        }
-    }
-}
-
-fn interface(plugin: &Plugin) -> Result<&torus_plugins::ModelInterface, StartError> {
-    plugin.model().ok_or_else(|| invalid("model", "the plugin offers no model"))
-}
-
-/// The dtype of activations. f16 checkpoints run in bf16, which every device has.
-fn activations(choice: DtypeChoice, checkpoint: DType) -> DType {
-    match (choice, checkpoint) {
-        (DtypeChoice::Float32, _) | (DtypeChoice::Auto, DType::F32 | DType::F64) => DType::F32,
-        (DtypeChoice::Bfloat16, _) | (DtypeChoice::Auto, _) => DType::Bf16,
-    }
-}
-
-fn attention_queries(
-    config: &EngineConfig,
-    description: &ModelDescription,
-    dtype: DType,
-    shape: StepShape,
-    target: &Target,
-) -> Vec<AttentionQuery> {
-    let platform = target.client.platform_name().to_owned();
-    let kv_dtype = match config.kv_cache_dtype {
-        KvCacheDtype::Auto => dtype,
-        KvCacheDtype::Float32 => DType::F32,
-        KvCacheDtype::Bfloat16 => DType::Bf16,
-        KvCacheDtype::Int8 => DType::I8,
-    };
-    let query = |kind: &StateKind| {
-        let StateKind::Paged(spec) = kind;
-        let target = AttentionTarget { platform: platform.clone(), device_kind: target.device.kind().to_owned() };
-        AttentionQuery { spec: spec.clone(), dtype, kv_dtype, shape, target }
-    };
-    description.kinds.iter().map(query).collect()
-}
-
 /// Passes progress on to the terminal and to `/health`.
 struct LoadProgress<'a> {
     console: Option<torus_weights::ConsoleProgress>,
@@ -298,39 +193,6 @@ impl Progress for LoadProgress<'_> {
             console.finish();
         }
     }
-}
-
-/// What each weight becomes, held against the checkpoint.
-fn weight_plan<'a>(
-    config: &EngineConfig,
-    checkpoint: &'a Checkpoint,
-    gguf: Option<&GgufAnswer>,
-    description: &ModelDescription,
-    activations: DType,
-) -> Result<LoadPlan<'a>, StartError> {
-    let on_cpu = config.device.platform() == Platform::Cpu;
-    let dense = |dtype| match dtype {
-        DType::Bf16 => StorageDType::Bf16,
-        _ => StorageDType::F32,
-    };
-    // XLA multiplies single rows of bf16 far slower on a CPU than of f32 (6.6 against 40 GB/s), so that without the
-    // kernels matrices are f32 there: twice the memory, and several times the speed.
-    let matrices = dense(if on_cpu { DType::F32 } else { activations });
-    let packed = WeightTarget::Packed {
-        floats: match activations {
-            _ if config.quantize_int8 => Format::Q8,
-            DType::Bf16 => Format::Bf16,
-            _ => Format::F32,
-        },
-        // Whoever asks for float32 wants the weights that the blocks stand for, multiplied as such.
-        keep_quantized: activations != DType::F32,
-    };
-    let target = |spec: &WeightSpec| match spec.role {
-        WeightRole::Vector => WeightTarget::Dense(StorageDType::F32),
-        _ if on_cpu && config.cpu_kernels => packed,
-        _ => WeightTarget::Dense(matrices),
-    };
-    Ok(LoadPlan::new(checkpoint, description, gguf, target)?)
 }
 
 fn load_weights(
@@ -377,28 +239,22 @@ struct Programs {
 fn compile(
     config: &EngineConfig,
     compiler: &Compiler<'_>,
-    assembler: &Assembler,
-    plan: &memory::Plan,
+    blueprint: &Blueprint,
     shared: &Shared,
 ) -> Result<Programs, StartError> {
-    let mut wanted: Vec<_> = plan.buckets().into_iter().map(|tokens| (tokens, Rows::Sampled)).collect();
-    wanted.push((plan.prompt_logprob_tokens(), Rows::All));
+    let wanted = blueprint.steps();
     let total = wanted.len();
     shared.set_readiness(Readiness::Compiling { done: 0, total });
     let bar = config.progress.then(|| progress_bar(total));
-    let arguments = assembler.arguments(plan.shape(1, 1))?;
+    let arguments = blueprint.arguments()?;
     // The largest take longest: they go first, so that the last ones to finish are short.
     let order: Vec<_> = wanted.iter().rev().copied().collect();
-    let make = |(tokens, rows): &(usize, Rows)| -> Result<Bucket, StartError> {
+    let make = |step: &StepKind| -> Result<Bucket, StartError> {
         if shared.is_shutting_down() {
             return Err(StartError::Cancelled);
         }
-        let program = assembler.program(plan.shape(*tokens, plan.max_running), *rows)?;
-        let name = format!(
-            "a step of {tokens} tokens with plugins '{}' and '{}'",
-            assembler.model.plugin(),
-            assembler.attention.plugin()
-        );
+        let program = blueprint.program(*step)?;
+        let name = blueprint.name(*step);
         let executable = compiler.compile(&name, &program.text)?;
         check_in_place(&name, &executable, &arguments)?;
         Ok(Bucket { layout: program.layout, executable: Some(Arc::new(executable)) })
@@ -420,7 +276,7 @@ fn compile(
         Ok(compiler.compile(name, &text?)?)
     };
     let loaders = Loaders {
-        initial_state: loader("the initial state", initial_state(&arguments, !assembler.runs_kernels))?,
+        initial_state: loader("the initial state", initial_state(&arguments, !blueprint.assembler.runs_kernels))?,
         load_counts: loader("the token counts of a slot", load_row(&arguments.rows.token_counts))?,
         load_bias: loader("the biases of a slot", load_row(&arguments.rows.bias))?,
         load_pages: loader("the page table", load_pages(&arguments.rows.page_table))?,

@@ -50,6 +50,12 @@ pub(crate) struct PlannedSource {
 }
 
 impl PlannedWeight {
+    /// A weight of which only the shape is known: what a checkpoint of floating-point numbers would make of it.
+    pub fn of_shape(spec: &WeightSpec, dtype: StorageDType) -> Self {
+        let storage = PlannedStorage::Dense(dtype);
+        Self { name: spec.name.clone(), shape: spec.shape.clone(), storage, sources: Vec::new() }
+    }
+
     /// The tensor it is once loaded; a packed matrix is bytes.
     pub fn tensor_type(&self) -> TensorType {
         match &self.storage {

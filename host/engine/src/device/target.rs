@@ -98,6 +98,12 @@ pub(crate) struct Target {
 }
 
 impl Target {
+    /// The device in the words that plugins are told.
+    pub fn description(&self) -> torus_abi::attention::Target {
+        let (platform, device_kind) = (self.client.platform_name().to_owned(), self.device.kind().to_owned());
+        torus_abi::attention::Target { platform, device_kind }
+    }
+
     pub fn upload(&self, bytes: &[u8], tensor: &TensorType) -> Result<Buffer, PjrtError> {
         let dims: Vec<i64> = tensor.dims.iter().map(|dim| *dim as i64).collect();
         self.client.buffer_from_host(bytes, element(tensor.dtype), &dims, &self.device)

@@ -14,7 +14,7 @@ use torus_abi::{
 };
 use torus_cpu::packed::{ALIGNMENT, GROUP, Layout};
 use torus_hlo::{Axis, Func, Shape, Value};
-use torus_weights::{LoadPlan, PlannedStorage, PlannedWeight};
+use torus_weights::{PlannedStorage, PlannedWeight};
 
 /// What [`WeightHandle::storage`] says of a packed matrix.
 pub(crate) const PACKED: &str = "packed";
@@ -66,28 +66,27 @@ const BYTES: Axis = Axis("bytes");
 const ELEMENTS: Axis = Axis("elements");
 
 impl WeightMap {
-    /// `specs` are those the plan was made of.
-    pub fn new(plan: &LoadPlan<'_>, specs: &[WeightSpec]) -> Self {
+    /// `specs` are those the weights were planned from.
+    pub fn new(weights: &[PlannedWeight], specs: &[WeightSpec]) -> Self {
         let is_packed = |weight: &PlannedWeight| matches!(weight.storage, PlannedStorage::Packed(_));
-        let mut map = if plan.weights().iter().any(is_packed) { Self::packed(plan) } else { Self::separate(plan) };
-        let weights = plan.weights().iter().zip(specs);
-        let read_whole = weights.filter(|(_, spec)| spec.role != WeightRole::Embed);
+        let mut map = if weights.iter().any(is_packed) { Self::packed(weights) } else { Self::separate(weights) };
+        let read_whole = weights.iter().zip(specs).filter(|(_, spec)| spec.role != WeightRole::Embed);
         map.bytes_per_step = read_whole.map(|(weight, _)| weight.bytes() as u64).sum();
-        map.names = plan.weights().iter().map(|weight| weight.name.clone()).collect();
+        map.names = weights.iter().map(|weight| weight.name.clone()).collect();
         map
     }
 
-    fn separate(plan: &LoadPlan<'_>) -> Self {
-        let arguments: Vec<_> = plan.weights().iter().map(PlannedWeight::tensor_type).collect();
+    fn separate(weights: &[PlannedWeight]) -> Self {
+        let arguments: Vec<_> = weights.iter().map(PlannedWeight::tensor_type).collect();
         let place = |(index, tensor): (usize, &TensorType)| Place::Argument { index, tensor: tensor.clone() };
         let places = arguments.iter().enumerate().map(place).collect();
         Self { names: Vec::new(), places, arguments, bytes_per_step: 0 }
     }
 
-    fn packed(plan: &LoadPlan<'_>) -> Self {
+    fn packed(weights: &[PlannedWeight]) -> Self {
         let (mut vectors, mut arena) = (0, 0);
         let mut places = Vec::new();
-        for weight in plan.weights() {
+        for weight in weights {
             places.push(match &weight.storage {
                 PlannedStorage::Dense(_) => {
                     let start = vectors;
