@@ -39,7 +39,7 @@
 //! operations, in typed SSA form with regions for loops and branches. The finished [`Kernel`] prints itself in any
 //! version of the format ([`Kernel::text`]), becomes a custom call in a StableHLO graph ([`Kernel::custom_call`]) or a
 //! program of its own ([`Kernel::program`]), and is run by an [`Interpreter`], whose documentation says what of it is
-//! exact and what is modelled ([`interpret`]).
+//! exact and what is modelled ([`interpret`]). What libtpu makes of it is read by [`schedule`].
 //!
 //! Deliberately absent:
 //! - grids and windows: kernels loop and copy by themselves, operands in VMEM are there as a whole;
@@ -65,6 +65,7 @@ mod ir;
 mod kernel;
 mod ops;
 mod print;
+pub mod schedule;
 mod target;
 mod types;
 mod value;

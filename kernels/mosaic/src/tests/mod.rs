@@ -7,6 +7,7 @@ mod limits;
 mod mistakes;
 mod ops;
 mod random;
+mod schedule;
 mod support;
 mod text;
 mod tpu;
