@@ -9,12 +9,15 @@
 use torus_abi::kernel::{parallel_for, threads};
 
 use crate::{
+    Level,
     activations::Element,
     level,
     shared::Shared,
     workspace::{Buffer, Plain},
 };
 
+#[cfg(target_arch = "x86_64")]
+mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 pub mod pages;
@@ -24,9 +27,10 @@ mod softmax;
 mod tests;
 mod tile;
 
+use pages::Compute;
 pub use pages::{KvElement, PoolShape};
 use softmax::Partial;
-use tile::{BLOCK_TOKENS, Tile};
+use tile::{BLOCK_TOKENS, Products, Tile, products};
 
 /// The name of the pages' and the metadata's layout. An attention plugin that answers it lets the host serve coarser
 /// imports with these kernels.
@@ -174,14 +178,22 @@ pub fn attention<X: Element, Y: Element, K: KvElement>(
     step.check(params, out.len() / width, pool.len() / shape.page_elements())?;
     pages::write(params, step, inputs, pool, scales);
     Y::clear(&mut out[step.tokens() * width..]);
-    attend(params, step, &inputs.q, pool, scales, out);
+    match level() {
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2 => {
+            let products: Products<f32, _> = (avx2::scores, avx2::weighted);
+            attend(params, step, products, &inputs.q, pool, scales, out);
+        }
+        level => attend(params, step, products(level), &inputs.q, pool, scales, out),
+    }
     Ok(())
 }
 
-/// Attends to what the pool holds.
-fn attend<X: Element, Y: Element, K: KvElement>(
+/// Attends to what the pool holds, with queries and weights in the type that the products take.
+fn attend<X: Element, Q: Compute, Y: Element, K: KvElement>(
     params: &Params,
     step: &Step<'_>,
+    products: Products<Q, K::Compute>,
     queries: &Rows<'_, X>,
     pool: &[K],
     scales: &[f32],
@@ -197,9 +209,9 @@ fn attend<X: Element, Y: Element, K: KvElement>(
     parallel_for(items.len() * splits, |index| {
         let tile = Tile::new(params, step, &items[index / splits], pool, scales);
         let mut strips = tile.strips();
-        let mut q = Buffer::<K::Compute>::take(tile.rows() * params.head_dim);
+        let mut q = Buffer::<Q>::take(tile.rows() * params.head_dim);
         load_queries(&tile, params, queries, &mut q);
-        tile.attend(level, &q, tile.part(index % splits, splits), &mut strips);
+        tile.attend(level, products, &q, tile.part(index % splits, splits), &mut strips);
         if splits == 1 {
             finish(&tile, params, &strips, &shared);
         } else {
@@ -276,7 +288,7 @@ fn splits(items: &[Item], step: &Step<'_>) -> usize {
 }
 
 /// Queries `[rows, head_dim]`, times the softmax's factor.
-fn load_queries<X: Element, C: pages::Compute>(
+fn load_queries<X: Element, C: Compute>(
     tile: &Tile<'_, impl KvElement>,
     params: &Params,
     queries: &Rows<'_, X>,

@@ -3,7 +3,9 @@
 use crate::{level::Level, packed::BLOCK, workspace::Buffer};
 
 /// What a block's elements add up to, times the offsets of weights, negative: of all of them times 128, times 8 and times
-/// 16; of the first half times 32, of the second half times 32. A product of integers begins with it.
+/// 16; of the first half times 32, of the second half times 32. A product of integers begins with it. AVX2 adds up in
+/// 16 bits: there each is two numbers, of the elements whose columns are 0 or 1 modulo 4 in the lower half of the word,
+/// of the others in the upper; and the first, which would not fit, is nothing.
 pub(crate) const SUMS: usize = 5;
 
 /// Rows in blocks of [`BLOCK`]: `x = scale * element`, elements from -127 to 127.
@@ -102,20 +104,65 @@ impl Blocks<'_> {
         self.scaled_sums[block] = scale * sum as f32;
         self.offset_sums[block] = [-128 * sum, -8 * sum, -16 * sum, -32 * sums[0], -32 * sums[1]];
     }
+
+    /// As [`Self::note`], with two sums of 16 bits in each word, and for sums of 16 bits.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn note_pairs(&mut self, block: usize, scale: f32, pairs: [i32; 2]) {
+        let [first, second] = pairs.map(|pair| [pair as i16, (pair >> 16) as i16]);
+        let both = [first[0] + second[0], first[1] + second[1]];
+        let times = |factor: i16, sums: [i16; 2]| {
+            let [low, high] = sums.map(|sum| i32::from(factor * sum));
+            high << 16 | low & 0xffff
+        };
+        self.scales[block] = scale;
+        self.scaled_sums[block] = scale * f32::from(both[0] + both[1]);
+        self.offset_sums[block] = [0, times(-8, both), times(-16, both), times(-32, first), times(-32, second)];
+    }
 }
+
+/// Below this the inverse would be infinite.
+#[cfg(target_arch = "x86_64")]
+const SMALLEST: f32 = 127.0 / f32::MAX;
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
 fn quantize_avx2(values: &[[f32; BLOCK]], blocks: &mut Blocks<'_>) {
-    quantize(values, blocks);
+    use std::arch::x86_64::*;
+    let magnitude = _mm256_set1_epi32(i32::MAX);
+    for (block, values) in values.iter().enumerate() {
+        // SAFETY: all four are in the block.
+        let quarters: [__m256; 4] = std::array::from_fn(|i| unsafe { _mm256_loadu_ps(values.as_ptr().add(i * 8)) });
+        // As integers, magnitudes have the same order, and what is not finite is above all others.
+        let [a, b, c, d] = quarters.map(|values| _mm256_and_si256(_mm256_castps_si256(values), magnitude));
+        let eight = _mm256_max_epu32(_mm256_max_epu32(a, b), _mm256_max_epu32(c, d));
+        let four = _mm_max_epu32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256::<1>(eight));
+        let two = _mm_max_epu32(four, _mm_unpackhi_epi64(four, four));
+        let largest = f32::from_bits(_mm_cvtsi128_si32(_mm_max_epu32(two, _mm_srli_epi64::<32>(two))) as u32);
+        if !largest.is_finite() {
+            blocks.elements[block] = [0; BLOCK];
+            blocks.note(block, f32::NAN, [0; 2]);
+            continue;
+        }
+        let inverse = _mm256_set1_ps(if largest > SMALLEST { 127.0 / largest } else { 0.0 });
+        let [a, b, c, d] = quarters.map(|values| _mm256_cvtps_epi32(_mm256_mul_ps(values, inverse)));
+        let mixed = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
+        let elements = _mm256_permutevar8x32_epi32(mixed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+        // SAFETY: a block has so many bytes.
+        unsafe { _mm256_storeu_si256(blocks.elements[block].as_mut_ptr().cast(), elements) };
+        // Sums of columns 0 and 1, and of 2 and 3, of each four; then of both halves of the block.
+        let pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), elements);
+        let twos = _mm256_add_epi16(pairs, _mm256_srli_si256::<8>(pairs));
+        let sums = _mm256_add_epi16(twos, _mm256_srli_si256::<4>(twos));
+        let halves = [_mm256_castsi256_si128(sums), _mm256_extracti128_si256::<1>(sums)];
+        blocks.note_pairs(block, largest / 127.0, halves.map(|sums| _mm_cvtsi128_si32(sums)));
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn quantize_avx512(values: &[[f32; BLOCK]], blocks: &mut Blocks<'_>) {
     use std::arch::x86_64::*;
-    // Below this the inverse would be infinite.
-    const SMALLEST: f32 = 127.0 / f32::MAX;
     for (block, values) in values.iter().enumerate() {
         // SAFETY: both halves are in the block.
         let halves = unsafe { [_mm512_loadu_ps(values.as_ptr()), _mm512_loadu_ps(values.as_ptr().add(16))] };
@@ -200,7 +247,14 @@ mod tests {
                 };
                 let expected =
                     [-128 * sum(0..32), -8 * sum(0..32), -16 * sum(0..32), -32 * sum(0..16), -32 * sum(16..32)];
-                assert_eq!(rows.offset_sums()[block * SUMS..][..SUMS], expected);
+                let found = &rows.offset_sums()[block * SUMS..][..SUMS];
+                match level {
+                    Level::Avx2 => {
+                        let words = found.iter().map(|word| i32::from(*word as i16) + (word >> 16));
+                        assert_eq!(words.collect::<Vec<_>>()[1..], expected[1..]);
+                    }
+                    _ => assert_eq!(found, expected),
+                }
                 assert_eq!(rows.scaled_sums()[block], rows.scales()[block] * sum(0..32) as f32);
             }
             for odd in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {

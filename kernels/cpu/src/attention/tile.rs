@@ -92,11 +92,18 @@ impl<'a, K: KvElement> Tile<'a, K> {
         (&self.pool[group * len..][..len], scales)
     }
 
-    /// Attends to the positions of `range`.
-    pub fn attend(&self, level: Level, q: &[K::Compute], range: Range<usize>, out: &mut [Partial]) {
+    /// Attends to the positions of `range`, with queries and weights as the products take them.
+    pub fn attend<X: Compute>(
+        &self,
+        level: Level,
+        products: Products<X, K::Compute>,
+        q: &[X],
+        range: Range<usize>,
+        out: &mut [Partial],
+    ) {
         let (rows, head_dim) = (STRIP_ROWS.min(self.rows()), self.params.head_dim);
         let mut scores = Buffer::<f32>::take(rows * BLOCK_TOKENS);
-        let mut weights = Buffer::<K::Compute>::take(rows * BLOCK_TOKENS);
+        let mut weights = Buffer::<X>::take(rows * BLOCK_TOKENS);
         let room = if K::SCALED { BLOCK_GROUPS * 2 * GROUP * head_dim } else { 0 };
         let mut decoded = Buffer::<K::Compute>::take(room);
         let mut start = range.start;
@@ -124,22 +131,22 @@ impl<'a, K: KvElement> Tile<'a, K> {
                     continue;
                 }
                 let (q, rows) = (&q[strip.start * head_dim..], strip.len());
-                products::<K::Compute>(level).0(q, rows, head_dim, blocks, &mut scores);
+                (products.0)(q, rows, head_dim, blocks, &mut scores);
                 self.softmax(level, strip, start..end, &mut scores, &mut weights, out);
-                products::<K::Compute>(level).1(&weights, rows, head_dim, blocks, &mut out.sums);
+                (products.1)(&weights, rows, head_dim, blocks, &mut out.sums);
             }
             start = end;
         }
     }
 
     /// Turns a strip's scores into weights relative to the rows' peaks, and the sums so far with them.
-    fn softmax(
+    fn softmax<X: Compute>(
         &self,
         level: Level,
         strip: Range<usize>,
         block: Range<usize>,
         scores: &mut [f32],
-        weights: &mut [K::Compute],
+        weights: &mut [X],
         out: &mut Partial,
     ) {
         let mut visible = [const { 0..0 }; STRIP_ROWS];
@@ -172,9 +179,11 @@ fn decode<K: KvElement>(elements: &[K], scales: &[f32], head_dim: usize, out: &m
 
 /// `scores [rows, BLOCK_TOKENS]` = queries `[rows, head_dim]` times the keys of each group; and
 /// `sums [rows, head_dim]` += weights `[rows, BLOCK_TOKENS]` times the values of each group.
-pub(super) type Product<C> = fn(&[C], usize, usize, &[&[C]], &mut [f32]);
+pub(super) type Products<X, C> = (Product<X, C>, Product<X, C>);
+type Product<X, C> = fn(&[X], usize, usize, &[&[C]], &mut [f32]);
 
-pub(super) fn products<C: Compute>(level: Level) -> (Product<C>, Product<C>) {
+/// Products of queries and weights that are rounded as the cache's elements are.
+pub(super) fn products<C: Compute>(level: Level) -> Products<C, C> {
     match level {
         #[cfg(target_arch = "x86_64")]
         Level::Avx512 => (super::avx512::scores::<C>, super::avx512::weighted::<C>),

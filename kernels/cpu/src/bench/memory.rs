@@ -66,6 +66,16 @@ pub(super) fn sum(words: &[[u8; 256]]) -> u64 {
         // SAFETY: the level is one that this machine has.
         return unsafe { sum_avx512(words) };
     }
+    #[cfg(target_arch = "x86_64")]
+    if level() == Level::Avx2 {
+        // SAFETY: as above.
+        return unsafe { sum_avx2(words) };
+    }
+    sum_plain(words)
+}
+
+#[inline(always)]
+fn sum_plain(words: &[[u8; 256]]) -> u64 {
     let mut sums = [0u64; 32];
     for chunk in words {
         for (sum, word) in sums.iter_mut().zip(chunk.as_chunks().0) {
@@ -73,6 +83,12 @@ pub(super) fn sum(words: &[[u8; 256]]) -> u64 {
         }
     }
     sums.iter().fold(0, |sum, word| sum.wrapping_add(*word))
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn sum_avx2(words: &[[u8; 256]]) -> u64 {
+    sum_plain(words)
 }
 
 #[cfg(target_arch = "x86_64")]

@@ -15,6 +15,8 @@ pub enum Arithmetic {
     Bf16,
     /// Fours of bytes, added in i32.
     Int8,
+    /// Fours of bytes of which one has six bits, so that AVX2 may add them in i16.
+    Int6,
 }
 
 impl Arithmetic {
@@ -23,7 +25,8 @@ impl Arithmetic {
         match format {
             Format::F32 | Format::F16 => Self::F32,
             Format::Bf16 => Self::Bf16,
-            _ => Self::Int8,
+            Format::Q8 => Self::Int8,
+            _ => Self::Int6,
         }
     }
 }
@@ -31,33 +34,33 @@ impl Arithmetic {
 /// Operations a second (a product and a sum are two) of all threads; `None` where no instruction for it is used.
 pub fn peak(arithmetic: Arithmetic) -> Option<f64> {
     #[cfg(target_arch = "x86_64")]
-    if level() == Level::Avx512 {
+    {
         const ROUNDS: usize = 50_000;
-        let start = Instant::now();
-        parallel_for(threads(), |_| {
-            // SAFETY: the level is one that this machine has.
-            unsafe {
-                match arithmetic {
-                    Arithmetic::F32 => _ = black_box(multiply_f32(ROUNDS)),
-                    Arithmetic::Bf16 => _ = black_box(multiply_bf16(ROUNDS)),
-                    Arithmetic::Int8 => _ = black_box(multiply_int8(ROUNDS)),
-                }
-            }
-        });
-        let each = match arithmetic {
-            Arithmetic::F32 => 2,
-            Arithmetic::Bf16 => 4,
-            Arithmetic::Int8 => 8,
+        // What runs, and operations of its instructions for each sum.
+        let (run, each): (fn(usize), usize) = match (level(), arithmetic) {
+            // SAFETY: here and below, the level is one that this machine has.
+            (Level::Avx512, Arithmetic::F32) => (|rounds| _ = black_box(unsafe { multiply_f32(rounds) }), 32),
+            (Level::Avx512, Arithmetic::Bf16) => (|rounds| _ = black_box(unsafe { multiply_bf16(rounds) }), 64),
+            (Level::Avx512, _) => (|rounds| _ = black_box(unsafe { multiply_int8(rounds) }), 128),
+            (Level::Avx2, Arithmetic::Int8) => (|rounds| _ = black_box(unsafe { avx2::multiply_int8(rounds) }), 64),
+            (Level::Avx2, Arithmetic::Int6) => (|rounds| _ = black_box(unsafe { avx2::multiply_int6(rounds) }), 64),
+            (Level::Avx2, _) => (|rounds| _ = black_box(unsafe { avx2::multiply_f32(rounds) }), 16),
+            _ => return None,
         };
-        return Some((threads() * ROUNDS * CHAINS * 16 * each) as f64 / start.elapsed().as_secs_f64());
+        let start = Instant::now();
+        parallel_for(threads(), |_| run(ROUNDS));
+        Some((threads() * ROUNDS * CHAINS * each) as f64 / start.elapsed().as_secs_f64())
     }
-    let _ = arithmetic;
-    None
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        let _ = arithmetic;
+        None
+    }
 }
 
-/// Independent sums: enough to hide latency.
+/// Independent sums: enough to hide latency, and as many as stay in registers.
 #[cfg(target_arch = "x86_64")]
-const CHAINS: usize = 16;
+const CHAINS: usize = 12;
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
@@ -92,4 +95,62 @@ fn multiply_int8(rounds: usize) -> i32 {
         sums.iter_mut().for_each(|sum| *sum = _mm512_dpbusd_epi32(*sum, one, one));
     }
     sums.iter().fold(0, |total, sum| total.wrapping_add(_mm512_reduce_add_epi32(*sum)))
+}
+
+/// The same with half of the width; bytes in two or three instructions.
+#[cfg(target_arch = "x86_64")]
+mod avx2 {
+    use std::{arch::x86_64::*, hint::black_box};
+
+    use super::CHAINS;
+
+    #[target_feature(enable = "avx2,fma")]
+    pub fn multiply_f32(rounds: usize) -> [f32; 8] {
+        let (mut sums, one) = ([_mm256_setzero_ps(); CHAINS], _mm256_set1_ps(black_box(0.5)));
+        for _ in 0..rounds {
+            sums.iter_mut().for_each(|sum| *sum = _mm256_fmadd_ps(one, one, *sum));
+        }
+        let total = sums.iter().fold(_mm256_setzero_ps(), |total, sum| _mm256_add_ps(total, *sum));
+        // SAFETY: both are eight numbers.
+        unsafe { std::mem::transmute::<__m256, [f32; 8]>(total) }
+    }
+
+    #[target_feature(enable = "avx2")]
+    pub fn multiply_int8(rounds: usize) -> [i32; 8] {
+        let (mut sums, ones) = ([_mm256_setzero_si256(); CHAINS], _mm256_set1_epi16(black_box(1)));
+        for _ in 0..rounds {
+            for sum in &mut sums {
+                let pairs = _mm256_maddubs_epi16(unknown(ones), ones);
+                *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(pairs, ones));
+            }
+        }
+        total(sums)
+    }
+
+    #[target_feature(enable = "avx2")]
+    pub fn multiply_int6(rounds: usize) -> [i32; 8] {
+        let (mut sums, ones) = ([_mm256_setzero_si256(); CHAINS], _mm256_set1_epi8(black_box(1)));
+        for _ in 0..rounds {
+            for sum in &mut sums {
+                *sum = _mm256_add_epi16(*sum, _mm256_maddubs_epi16(unknown(ones), ones));
+            }
+        }
+        total(sums)
+    }
+
+    #[target_feature(enable = "avx2")]
+    fn total(sums: [__m256i; CHAINS]) -> [i32; 8] {
+        let total = sums.iter().fold(_mm256_setzero_si256(), |total, sum| _mm256_add_epi32(total, *sum));
+        // SAFETY: both are eight numbers.
+        unsafe { std::mem::transmute::<__m256i, [i32; 8]>(total) }
+    }
+
+    /// A register of which the compiler knows nothing: what is computed from the same it would compute once.
+    #[target_feature(enable = "avx2")]
+    fn unknown(value: __m256i) -> __m256i {
+        let mut value = value;
+        // SAFETY: nothing is done.
+        unsafe { std::arch::asm!("/* {0} */", inout(ymm_reg) value, options(nomem, nostack, preserves_flags)) };
+        value
+    }
 }

@@ -71,6 +71,29 @@ trait Microkernel {
     /// # Safety
     /// As above, and the activations of a step are at `x`.
     unsafe fn add(sums: Self::Sums, weights: Self::Weights, x: *const u8) -> Self::Sums;
+    /// Adds the products of `R` rows with `G` groups in a step.
+    ///
+    /// # Safety
+    /// As above, for all rows and groups, whose strides are in bytes.
+    #[inline(always)]
+    unsafe fn step<const R: usize, const G: usize>(
+        sums: &mut [[Self::Sums; G]; R],
+        x: *const u8,
+        x_stride: usize,
+        w: *const u8,
+        w_stride: usize,
+    ) {
+        // SAFETY: as the caller says.
+        unsafe {
+            let weights: [Self::Weights; G] = std::array::from_fn(|group| Self::load(w.add(group * w_stride)));
+            for (row, sums) in sums.iter_mut().enumerate() {
+                let x = x.add(row * x_stride);
+                for (sum, weights) in sums.iter_mut().zip(weights) {
+                    *sum = Self::add(*sum, weights, x);
+                }
+            }
+        }
+    }
     /// # Safety
     /// The machine has the level.
     unsafe fn join(one: Self::Sums, other: Self::Sums) -> Self::Sums;
@@ -147,13 +170,7 @@ unsafe fn step<K: Microkernel, const R: usize, const G: usize>(
         if R >= PREFETCHED {
             (0..G).for_each(|group| K::prefetch(w.wrapping_add(group * w_stride + AHEAD_BYTES)));
         }
-        let weights: [K::Weights; G] = std::array::from_fn(|group| K::load(w.add(group * w_stride)));
-        for (row, sums) in sums.iter_mut().enumerate() {
-            let x = x.add(row * x_stride);
-            for (sum, weights) in sums.iter_mut().zip(weights) {
-                *sum = K::add(*sum, weights, x);
-            }
-        }
+        K::step::<R, G>(sums, x, x_stride, w, w_stride);
     }
 }
 

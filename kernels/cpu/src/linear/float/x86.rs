@@ -105,7 +105,7 @@ unsafe fn multiply_add(sums: Halves, weights: Halves, x: f32) -> Halves {
 }
 
 macro_rules! avx2 {
-    ($name:ident, $weights:ty, $columns:literal, $bytes:literal, |$w:ident| $load:expr, |$sums:ident, $loaded:ident, $x:ident| $add:expr) => {
+    ($name:ident, $weights:ty, $columns:literal, $bytes:literal, |$w:ident| $load:expr, |$sums:ident, $loaded:ident, $x:ident| $add:expr $(, $step:item)?) => {
         pub struct $name;
 
         impl Microkernel for $name {
@@ -141,6 +141,8 @@ macro_rules! avx2 {
                 unsafe { $add }
             }
 
+            $($step)?
+
             #[inline(always)]
             unsafe fn join(one: Halves, other: Halves) -> Halves {
                 // SAFETY: as above.
@@ -158,8 +160,15 @@ macro_rules! avx2 {
 
             #[inline(always)]
             unsafe fn run<const R: usize, const G: usize, const S: usize>(panel: &Panel) {
+                // Sums for few rows: as many as there are registers for.
                 // SAFETY: as the caller says.
-                unsafe { run_avx2::<Self, R, G, S>(panel) };
+                unsafe {
+                    match R {
+                        1 => run_avx2::<Self, R, G, 4>(panel),
+                        2 | 3 => run_avx2::<Self, R, G, 2>(panel),
+                        _ => run_avx2::<Self, R, G, 1>(panel),
+                    }
+                };
             }
         }
     };
@@ -184,11 +193,60 @@ avx2!(
     |w| [_mm256_loadu_si256(w.cast()), _mm256_loadu_si256(w.add(32).cast())],
     |sums, w, x| {
         let [x0, x1] = x.cast::<[f32; 2]>().read();
-        let mask = _mm256_set1_epi32(0xffff_0000_u32 as i32);
-        // The first of a pair is the lower half of a word.
-        let first = [_mm256_slli_epi32::<16>(w[0]), _mm256_slli_epi32::<16>(w[1])];
-        let second = [_mm256_and_si256(w[0], mask), _mm256_and_si256(w[1], mask)];
-        let sums = multiply_add(sums, [_mm256_castsi256_ps(first[0]), _mm256_castsi256_ps(first[1])], x0);
-        multiply_add(sums, [_mm256_castsi256_ps(second[0]), _mm256_castsi256_ps(second[1])], x1)
+        multiply_add(multiply_add(sums, first(w), x0), second(w), x1)
+    },
+    /// The first column for all rows, then the second, whose weights are loaded again: sums of six rows leave no room for
+    /// both.
+    #[inline(always)]
+    unsafe fn step<const R: usize, const G: usize>(
+        sums: &mut [[Halves; G]; R],
+        x: *const u8,
+        x_stride: usize,
+        w: *const u8,
+        w_stride: usize,
+    ) {
+        // SAFETY: as the caller says.
+        unsafe {
+            for column in 0..2 {
+                let w = unknown(w);
+                for group in 0..G {
+                    let pairs = Self::load(w.add(group * w_stride));
+                    let weights = if column == 0 { first(pairs) } else { second(pairs) };
+                    for (row, sums) in sums.iter_mut().enumerate() {
+                        let x = x.add(row * x_stride).cast::<f32>().add(column).read();
+                        sums[group] = multiply_add(sums[group], weights, x);
+                    }
+                }
+            }
+        }
     }
 );
+
+/// The first of each pair: the lower half of a word.
+///
+/// # Safety
+/// The machine has AVX2.
+#[inline(always)]
+unsafe fn first(pairs: [__m256i; 2]) -> Halves {
+    // SAFETY: as the caller says.
+    pairs.map(|pairs| unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(pairs)) })
+}
+
+/// # Safety
+/// As above.
+#[inline(always)]
+unsafe fn second(pairs: [__m256i; 2]) -> Halves {
+    // SAFETY: as the caller says.
+    pairs
+        .map(|pairs| unsafe { _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(0xffff_0000_u32 as i32))) })
+}
+
+/// A pointer of which the compiler does not know that it has loaded from it before, so that it does so again instead of
+/// keeping what it got in a register that others need.
+#[inline(always)]
+pub(crate) fn unknown(pointer: *const u8) -> *const u8 {
+    let mut pointer = pointer;
+    // SAFETY: nothing is done.
+    unsafe { std::arch::asm!("/* {0} */", inout(reg) pointer, options(pure, nomem, nostack, preserves_flags)) };
+    pointer
+}

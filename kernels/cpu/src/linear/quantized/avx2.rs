@@ -1,41 +1,118 @@
-//! Products of bytes in pairs, for half of a group at a time.
+//! Products of bytes in pairs, for both halves of a group, whose sums stay in registers for a block.
+//!
+//! The instruction multiplies unsigned bytes with signed ones, and adds neighbours up in 16 bits, where they must fit.
+//! - Elements of up to six bits: all products that belong to one scale are added up in 16 bits. A lane gets 16 columns of
+//!   a block (of Q6, whose scales are for half of it, 8), and the sum, less the offset times the activations, is within
+//!   `16 * 16 * 127` (`8 * 32 * 127`). It begins with the offset's part, and wraps on the way at most. Q5Min is computed
+//!   around 16 like Q5, which its minimum makes up for.
+//! - Q8: magnitudes of weights with activations that have taken the weights' signs: two products are within
+//!   `2 * 128 * 127`; then pairs are added up in 32 bits.
 
 use std::arch::x86_64::*;
 
-use super::{Panel, Q4, Q4_MIN, Q5, Q5_MIN, Q6, Q8, first_sum, has_minimum, run_rows};
+use super::{Panel, Q4, Q4_MIN, Q5, Q5_MIN, Q6, Q8, first_sum, has_minimum};
 use crate::{
     activations::SUMS,
     packed::{BLOCK, Format, quantized::scales_at},
 };
 
+/// Rows whose sums stay in registers with two registers of weights and one of activations; with Q8 the weights take four.
+const ROWS: usize = 6;
+const Q8_ROWS: usize = 4;
+
 /// # Safety
 /// The level is available, and the panel has so many rows.
 pub(super) unsafe fn run(format: Format, panel: Panel, rows: usize) {
-    run_rows!(format, panel, rows, [4, 2, 1]);
+    // SAFETY: as the caller says.
+    unsafe {
+        match format {
+            Format::Q8 => all::<Q8>(panel, rows),
+            Format::Q4 => all::<Q4>(panel, rows),
+            Format::Q4Min => all::<Q4_MIN>(panel, rows),
+            Format::Q5 => all::<Q5>(panel, rows),
+            Format::Q5Min => all::<Q5_MIN>(panel, rows),
+            Format::Q6 => all::<Q6>(panel, rows),
+            _ => unreachable!("a quantized format"),
+        }
+    }
 }
 
-/// Register `register` of a tile, for the rows of half of a group, whose bytes begin at `tile`.
+/// All rows, in tiles of about the same height.
+///
+/// # Safety
+/// That of [`run`].
+unsafe fn all<const F: u32>(mut panel: Panel, rows: usize) {
+    let tiles = rows.div_ceil(if F == Q8 { Q8_ROWS } else { ROWS });
+    for tile in 0..tiles {
+        let count = rows * (tile + 1) / tiles - rows * tile / tiles;
+        // SAFETY: so many rows are left.
+        unsafe {
+            match count {
+                1 => rows_of::<F, 1>(&panel),
+                2 => rows_of::<F, 2>(&panel),
+                3 => rows_of::<F, 3>(&panel),
+                4 => rows_of::<F, 4>(&panel),
+                5 => rows_of::<F, 5>(&panel),
+                _ => rows_of::<F, 6>(&panel),
+            }
+            panel = panel.after(count);
+        }
+    }
+}
+
+const fn format_of(format: u32) -> Format {
+    match format {
+        Q8 => Format::Q8,
+        Q4 => Format::Q4,
+        Q4_MIN => Format::Q4Min,
+        Q5 => Format::Q5,
+        Q5_MIN => Format::Q5Min,
+        _ => Format::Q6,
+    }
+}
+
+/// Both halves of a group.
+type Halves<T> = [T; 2];
+
+/// Register `J` of a tile, an element in each byte, from the bytes of half of a group.
 ///
 /// # Safety
 /// The format's tile is there, and the level is available.
 #[inline(always)]
-unsafe fn unpack<const F: u32>(tile: *const u8, register: usize) -> __m256i {
+unsafe fn unpack<const F: u32, const J: usize>(tile: *const u8) -> __m256i {
     // SAFETY: as the caller says.
     unsafe {
         let load = |register: usize| _mm256_loadu_si256(tile.add(register * 64).cast());
-        let right = |bytes, bits: usize| _mm256_srl_epi16(bytes, _mm_cvtsi32_si128(bits as i32));
         if F == Q8 {
-            return load(register);
+            return _mm256_xor_si256(load(J), _mm256_set1_epi8(i8::MIN));
         }
-        let low = _mm256_and_si256(right(load(register % 4), register / 4 * 4), _mm256_set1_epi8(15));
+        let fours = load(J % 4);
+        let fours = if J < 4 { fours } else { _mm256_srli_epi16::<4>(fours) };
+        let low = _mm256_and_si256(fours, _mm256_set1_epi8(15));
         let high = match F {
             Q5 | Q5_MIN => {
-                let bit = _mm256_and_si256(right(load(4), register), _mm256_set1_epi8(1));
-                _mm256_slli_epi16::<4>(bit)
+                let bits = load(4);
+                let bits = match J {
+                    0 => _mm256_slli_epi16::<4>(bits),
+                    1 => _mm256_slli_epi16::<3>(bits),
+                    2 => _mm256_slli_epi16::<2>(bits),
+                    3 => _mm256_slli_epi16::<1>(bits),
+                    4 => bits,
+                    5 => _mm256_srli_epi16::<1>(bits),
+                    6 => _mm256_srli_epi16::<2>(bits),
+                    _ => _mm256_srli_epi16::<3>(bits),
+                };
+                _mm256_and_si256(bits, _mm256_set1_epi8(16))
             }
             Q6 => {
-                let bits = right(load(4 + register / 4), register % 4 * 2);
-                _mm256_slli_epi16::<4>(_mm256_and_si256(bits, _mm256_set1_epi8(3)))
+                let bits = load(4 + J / 4);
+                let bits = match J % 4 {
+                    0 => _mm256_slli_epi16::<4>(bits),
+                    1 => _mm256_slli_epi16::<2>(bits),
+                    2 => bits,
+                    _ => _mm256_srli_epi16::<2>(bits),
+                };
+                _mm256_and_si256(bits, _mm256_set1_epi8(48))
             }
             _ => return low,
         };
@@ -43,75 +120,89 @@ unsafe fn unpack<const F: u32>(tile: *const u8, register: usize) -> __m256i {
     }
 }
 
-/// Adds four products of bytes to each sum.
+/// Adds the products of register `J` to the sums of all rows.
 ///
 /// # Safety
-/// The level is available.
+/// A tile is at `tile`, a block of `R` rows, `stride` bytes apart, at `x`, and the level is available.
 #[inline(always)]
-unsafe fn dot<const F: u32>(sum: __m256i, w: __m256i, x: __m256i) -> __m256i {
+unsafe fn step<const F: u32, const R: usize, const J: usize>(
+    tile: *const u8,
+    x: *const i8,
+    stride: usize,
+    sums: &mut [Halves<__m256i>; R],
+) {
     // SAFETY: as the caller says.
     unsafe {
-        if F == Q8 {
-            // Two products of 8 bits may exceed 16: odd and even bytes are widened instead.
-            let even = _mm256_and_si256(w, _mm256_set1_epi16(255));
-            let even = _mm256_madd_epi16(even, _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(x)));
-            let odd = _mm256_madd_epi16(_mm256_srli_epi16::<8>(w), _mm256_srai_epi16::<8>(x));
-            return _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
+        let w = [unpack::<F, J>(tile), unpack::<F, J>(tile.add(32))];
+        let magnitudes = w.map(|w| _mm256_abs_epi8(w));
+        for (row, sums) in sums.iter_mut().enumerate() {
+            let x = _mm256_set1_epi32(x.add(row * stride + J * 4).cast::<i32>().read_unaligned());
+            for half in 0..2 {
+                sums[half] = if F == Q8 {
+                    let pairs = _mm256_maddubs_epi16(magnitudes[half], _mm256_sign_epi8(x, w[half]));
+                    _mm256_add_epi32(sums[half], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+                } else {
+                    _mm256_add_epi16(sums[half], _mm256_maddubs_epi16(w[half], x))
+                };
+            }
         }
-        let pairs = _mm256_maddubs_epi16(w, x);
-        _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
     }
+}
+
+/// Calls [`step`] for some registers.
+macro_rules! steps {
+    ($format:ident, $rows:ident, [$($register:literal),*], $arguments:tt) => {
+        $( step::<$format, $rows, $register> $arguments; )*
+    };
 }
 
 /// # Safety
 /// The level is available, and the panel has `R` rows.
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn rows_of<const F: u32, const R: usize>(panel: Panel) {
-    let (format, blocks) = (
-        match F {
-            Q8 => Format::Q8,
-            Q4 => Format::Q4,
-            Q4_MIN => Format::Q4Min,
-            Q5 => Format::Q5,
-            Q5_MIN => Format::Q5Min,
-            _ => Format::Q6,
-        },
-        panel.blocks,
-    );
+unsafe fn rows_of<const F: u32, const R: usize>(panel: &Panel) {
+    let (format, blocks) = (format_of(F), panel.blocks);
+    let stride = blocks * BLOCK;
     let mut sums = [[_mm256_setzero_ps(); 2]; R];
     for block in 0..blocks {
-        for half in 0..2 {
-            // SAFETY: the panel has tiles for all blocks, and `R` rows of them in the activations.
-            unsafe {
-                let tile = panel.w.add(block * format.tile_bytes());
-                let scales = |index: usize| {
-                    let at = scales_at(format) + index * 32 + half * 16;
-                    _mm256_cvtph_ps(_mm_loadu_si128(tile.add(at).cast()))
-                };
-                let tile = tile.add(half * 32);
-                let w: [__m256i; 8] = std::array::from_fn(|register| unpack::<F>(tile, register));
-                for (row, sums) in sums.iter_mut().enumerate() {
-                    let at = row * blocks + block;
-                    let x = panel.x.add(at * BLOCK).cast::<i32>();
-                    let begin = |part: usize| match first_sum(F) {
-                        Some(first) => _mm256_set1_epi32(*panel.offset_sums.add(at * SUMS + first + part)),
-                        None => _mm256_setzero_si256(),
-                    };
-                    let add = |sum, register: usize| {
-                        dot::<F>(sum, w[register], _mm256_set1_epi32(x.add(register).read_unaligned()))
-                    };
-                    let scaled = if F == Q6 {
-                        let first = _mm256_cvtepi32_ps((0..4).fold(begin(0), add));
-                        let other = _mm256_cvtepi32_ps((4..8).fold(begin(1), add));
-                        _mm256_fmadd_ps(other, scales(1), _mm256_mul_ps(first, scales(0)))
-                    } else {
-                        _mm256_mul_ps(_mm256_cvtepi32_ps((0..8).fold(begin(0), add)), scales(0))
-                    };
-                    let sum = &mut sums[half];
-                    *sum = _mm256_fmadd_ps(scaled, _mm256_set1_ps(*panel.scales.add(at)), *sum);
-                    if has_minimum(F) {
-                        *sum = _mm256_fmadd_ps(scales(1), _mm256_set1_ps(*panel.scaled_sums.add(at)), *sum);
+        // SAFETY: the panel has tiles for all blocks, and `R` rows of them in the activations.
+        unsafe {
+            let tile = panel.w.add(block * format.tile_bytes());
+            let x = panel.x.add(block * BLOCK);
+            let scales = |index: usize| -> Halves<__m256> {
+                let at = tile.add(scales_at(format) + index * 32);
+                [0, 16].map(|half| _mm256_cvtph_ps(_mm_loadu_si128(at.add(half).cast())))
+            };
+            let begin = |part: usize| -> [Halves<__m256i>; R] {
+                let first = if F == Q5_MIN { first_sum(Q5) } else { first_sum(F) };
+                std::array::from_fn(|row| match first {
+                    Some(first) if F != Q8 => {
+                        let sums = panel.offset_sums.add((row * blocks + block) * SUMS);
+                        [_mm256_set1_epi32(*sums.add(first + part)); 2]
                     }
+                    _ => [_mm256_setzero_si256(); 2],
+                })
+            };
+            let mut dots = begin(0);
+            let scale = scales(0);
+            if F == Q6 {
+                steps!(F, R, [0, 1, 2, 3], (tile, x, stride, &mut dots));
+                scaled::<F, R>(panel, block, &dots, scale, &mut sums);
+                let mut dots = begin(1);
+                steps!(F, R, [4, 5, 6, 7], (tile, x, stride, &mut dots));
+                scaled::<F, R>(panel, block, &dots, scales(1), &mut sums);
+            } else {
+                steps!(F, R, [0, 1, 2, 3, 4, 5, 6, 7], (tile, x, stride, &mut dots));
+                scaled::<F, R>(panel, block, &dots, scale, &mut sums);
+            }
+            if has_minimum(F) {
+                let mut minimums = scales(1);
+                if F == Q5_MIN {
+                    let sixteen = _mm256_set1_ps(16.0);
+                    minimums = [0, 1].map(|half| _mm256_fmadd_ps(scale[half], sixteen, minimums[half]));
+                }
+                for (row, sums) in sums.iter_mut().enumerate() {
+                    let sum = _mm256_set1_ps(*panel.scaled_sums.add(row * blocks + block));
+                    *sums = [0, 1].map(|half| _mm256_fmadd_ps(minimums[half], sum, sums[half]));
                 }
             }
         }
@@ -120,6 +211,31 @@ unsafe fn rows_of<const F: u32, const R: usize>(panel: Panel) {
         for (half, sum) in sums.into_iter().enumerate() {
             // SAFETY: the output has `R` rows of 16.
             unsafe { _mm256_storeu_ps(panel.out.add(row * panel.stride + half * 8), sum) };
+        }
+    }
+}
+
+/// Adds the sums of products of a block, times the scales of both sides.
+///
+/// # Safety
+/// That of [`rows_of`], whose blocks there are.
+#[inline(always)]
+unsafe fn scaled<const F: u32, const R: usize>(
+    panel: &Panel,
+    block: usize,
+    dots: &[Halves<__m256i>; R],
+    scale: Halves<__m256>,
+    sums: &mut [Halves<__m256>; R],
+) {
+    for (row, (dots, sums)) in dots.iter().zip(sums).enumerate() {
+        // SAFETY: as the caller says.
+        unsafe {
+            let x_scale = _mm256_set1_ps(*panel.scales.add(row * panel.blocks + block));
+            for half in 0..2 {
+                let dot = if F == Q8 { dots[half] } else { _mm256_madd_epi16(dots[half], _mm256_set1_epi16(1)) };
+                let product = _mm256_mul_ps(_mm256_cvtepi32_ps(dot), scale[half]);
+                sums[half] = _mm256_fmadd_ps(product, x_scale, sums[half]);
+            }
         }
     }
 }

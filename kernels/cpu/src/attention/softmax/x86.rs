@@ -1,0 +1,151 @@
+//! The softmax of attention with AVX-512 and AVX2: a row's scores stay in registers.
+
+use std::{arch::x86_64::*, ops::Range};
+
+use super::{Partial, raise};
+use crate::attention::{pages::Compute, tile::BLOCK_TOKENS};
+
+/// See [`super::weigh`]: a row's scores stay in four registers.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+pub fn weigh_avx512<C: Compute>(
+    scores: &[f32],
+    visible: &[Range<usize>],
+    head_dim: usize,
+    out: &mut Partial,
+    weights: &mut [C],
+) {
+    const REGISTERS: usize = BLOCK_TOKENS / 16;
+    let rows = scores.as_chunks::<BLOCK_TOKENS>().0.iter().zip(weights.as_chunks_mut::<BLOCK_TOKENS>().0);
+    for (row, ((scores, weights), visible)) in rows.zip(visible).enumerate() {
+        let bits = |end: usize| if end == BLOCK_TOKENS { u64::MAX } else { (1 << end) - 1 };
+        let seen = bits(visible.end) & !bits(visible.start);
+        let masks: [u16; REGISTERS] = std::array::from_fn(|part| (seen >> (16 * part)) as u16);
+        let lowest = _mm512_set1_ps(f32::NEG_INFINITY);
+        let seen_scores: [__m512; REGISTERS] = std::array::from_fn(|part| {
+            // SAFETY: the row has so many scores.
+            unsafe { _mm512_mask_loadu_ps(lowest, masks[part], scores.as_ptr().add(16 * part)) }
+        });
+        let highest =
+            _mm512_max_ps(_mm512_max_ps(seen_scores[0], seen_scores[1]), _mm512_max_ps(seen_scores[2], seen_scores[3]));
+        let (peak, total) = (&mut out.peaks[row], &mut out.totals[row]);
+        raise(_mm512_reduce_max_ps(highest), peak, total, &mut out.sums[row * head_dim..][..head_dim]);
+        let origin = _mm512_set1_ps(if *peak == f32::NEG_INFINITY { 0.0 } else { *peak });
+        let powers: [__m512; REGISTERS] =
+            std::array::from_fn(|part| exp2_avx512::<C>(masks[part], _mm512_sub_ps(seen_scores[part], origin)));
+        let sum = _mm512_add_ps(_mm512_add_ps(powers[0], powers[1]), _mm512_add_ps(powers[2], powers[3]));
+        *total += _mm512_reduce_add_ps(sum);
+        for part in (0..REGISTERS).step_by(2) {
+            let to = weights[16 * part..].as_mut_ptr();
+            // SAFETY: the row has room for all registers, and an element is a pair's half or as wide as an f32.
+            unsafe {
+                if C::PAIRS {
+                    let narrowed = _mm512_cvtne2ps_pbh(powers[part + 1], powers[part]);
+                    _mm512_storeu_si512(to.cast(), std::mem::transmute::<__m512bh, __m512i>(narrowed));
+                } else {
+                    _mm512_storeu_ps(to.cast(), powers[part]);
+                    _mm512_storeu_ps(to.add(16).cast(), powers[part + 1]);
+                }
+            }
+        }
+    }
+}
+
+/// Terms of polynomials for `2^r` with `0 <= r < 1`, the highest power first, from a fit of least relative error: to
+/// within 1e-7, and to within 3e-6, which is far less than what bf16 rounds away.
+#[expect(clippy::approx_constant, reason = "fitted, and near ln(2) by its nature")]
+const POWER_F32: [f32; 7] =
+    [2.170_225_5e-4, 1.243_968_7e-3, 9.678_841e-3, 5.548_334e-2, 2.402_298_3e-1, 6.931_47e-1, 1.0];
+const POWER_BF16: [f32; 5] = [1.353_416_8e-2, 5.201_146e-2, 2.414_427_5e-1, 6.930_038_3e-1, 1.000_002_6];
+
+/// 2 to the power of `x` where the mask is set, else 0.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+fn exp2_avx512<C: Compute>(mask: u16, x: __m512) -> __m512 {
+    const FLOOR: i32 = 1;
+    // What is above the next lower integer; scaling takes that integer.
+    let r = _mm512_reduce_ps::<FLOOR>(x);
+    let (first, rest) = if C::PAIRS { (POWER_BF16[0], &POWER_BF16[1..]) } else { (POWER_F32[0], &POWER_F32[1..]) };
+    let power = rest.iter().fold(_mm512_set1_ps(first), |power, term| _mm512_fmadd_ps(power, r, _mm512_set1_ps(*term)));
+    _mm512_maskz_scalef_ps(mask, power, x)
+}
+
+/// As [`weigh_avx512`], in place.
+#[target_feature(enable = "avx2,fma")]
+pub fn weigh_avx2(scores: &mut [f32], visible: &[Range<usize>], head_dim: usize, out: &mut Partial) {
+    const REGISTERS: usize = BLOCK_TOKENS / 8;
+    let rows = scores.as_chunks_mut::<BLOCK_TOKENS>().0.iter_mut().zip(visible);
+    for (row, (scores, visible)) in rows.enumerate() {
+        let mut held: [__m256; REGISTERS] = std::array::from_fn(|part| {
+            // SAFETY: the row has so many scores.
+            unsafe { _mm256_loadu_ps(scores.as_ptr().add(8 * part)) }
+        });
+        if *visible != (0..BLOCK_TOKENS) {
+            hide(&mut held, visible);
+        }
+        let highest = fold(held, |one, other| _mm256_max_ps(one, other));
+        let (peak, total) = (&mut out.peaks[row], &mut out.totals[row]);
+        raise(largest(highest), peak, total, &mut out.sums[row * head_dim..][..head_dim]);
+        let origin = _mm256_set1_ps(if *peak == f32::NEG_INFINITY { 0.0 } else { *peak });
+        for (part, held) in held.iter_mut().enumerate() {
+            *held = exp2_avx2(_mm256_sub_ps(*held, origin));
+            // SAFETY: as above.
+            unsafe { _mm256_storeu_ps(scores.as_mut_ptr().add(8 * part), *held) };
+        }
+        *total += added(fold(held, |one, other| _mm256_add_ps(one, other)));
+    }
+}
+
+/// All registers but those of tokens that are `visible` become as low as possible.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn hide(scores: &mut [__m256], visible: &Range<usize>) {
+    let (start, end) = (_mm256_set1_epi32(visible.start as i32 - 1), _mm256_set1_epi32(visible.end as i32));
+    let lowest = _mm256_set1_ps(f32::NEG_INFINITY);
+    let mut token = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    for score in scores {
+        let seen = _mm256_and_si256(_mm256_cmpgt_epi32(token, start), _mm256_cmpgt_epi32(end, token));
+        *score = _mm256_blendv_ps(lowest, *score, _mm256_castsi256_ps(seen));
+        token = _mm256_add_epi32(token, _mm256_set1_epi32(8));
+    }
+}
+
+/// All registers in one, by halves.
+#[inline(always)]
+fn fold(values: [__m256; 8], join: impl Fn(__m256, __m256) -> __m256) -> __m256 {
+    let fours: [__m256; 4] = std::array::from_fn(|part| join(values[part], values[part + 4]));
+    join(join(fours[0], fours[2]), join(fours[1], fours[3]))
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn largest(values: __m256) -> f32 {
+    let four = _mm_max_ps(_mm256_castps256_ps128(values), _mm256_extractf128_ps::<1>(values));
+    let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)))
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn added(values: __m256) -> f32 {
+    let four = _mm_add_ps(_mm256_castps256_ps128(values), _mm256_extractf128_ps::<1>(values));
+    let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+}
+
+/// 2 to the power of `x`, which is not above 1; 0 below -126. What is no number stays none.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn exp2_avx2(x: __m256) -> __m256 {
+    const LOWEST: f32 = -126.0;
+    let lowest = _mm256_set1_ps(LOWEST);
+    // Of a number and none, the second operand is the maximum.
+    let clamped = _mm256_max_ps(lowest, x);
+    let floor = _mm256_floor_ps(clamped);
+    let r = _mm256_sub_ps(clamped, floor);
+    let terms = POWER_F32[1..].iter();
+    let power =
+        terms.fold(_mm256_set1_ps(POWER_F32[0]), |power, term| _mm256_fmadd_ps(power, r, _mm256_set1_ps(*term)));
+    let exponent = _mm256_slli_epi32::<23>(_mm256_cvtps_epi32(floor));
+    let scaled = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(power), exponent));
+    _mm256_and_ps(scaled, _mm256_cmp_ps::<_CMP_NLT_UQ>(x, lowest))
+}
