@@ -95,6 +95,17 @@ pub fn level() -> Level {
     })
 }
 
+/// A pointer of which the compiler does not know that it has loaded from it before, so that it does so again instead of
+/// keeping what it got in a register that others need.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+pub(crate) fn unknown<T>(pointer: *const T) -> *const T {
+    let mut pointer = pointer;
+    // SAFETY: nothing is done.
+    unsafe { std::arch::asm!("/* {0} */", inout(reg) pointer, options(pure, readonly, nostack, preserves_flags)) };
+    pointer
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -10,6 +10,7 @@ use super::{
     pages::{Compute, GROUP},
     tile::BLOCK_TOKENS,
 };
+use crate::level::unknown;
 
 /// Rows at a time: their sums, two registers of keys or values and a broadcast element are all the registers there are.
 const ROWS: usize = 6;
@@ -106,7 +107,7 @@ unsafe fn weigh<C: Compute, const M: usize, const S: usize>(
     // SAFETY: the caller's promise.
     unsafe {
         for (row, held) in held[0].iter_mut().enumerate() {
-            *held = [0, 8].map(|half| _mm256_loadu_ps(sums.add(row * head_dim + half)));
+            *held = plain(sums.add(row * head_dim).cast());
         }
         for (index, group) in groups.iter().enumerate() {
             let values = group.as_ptr().add(values).cast();
@@ -154,7 +155,8 @@ unsafe fn add_products<C: Compute, const M: usize, const S: usize>(
             // SAFETY: the caller's promise.
             unsafe {
                 let at = i + unrolled;
-                let w = if C::PAIRS { widened(w.add(at / 2 * 64), at % 2) } else { plain(w.add(at * 64)) };
+                // A pair is loaded twice: the sums of six rows leave no room to keep it.
+                let w = if C::PAIRS { widened(unknown(w.add(at / 2 * 64)), at % 2) } else { plain(w.add(at * 64)) };
                 for (row, sums) in sums[unrolled % S].iter_mut().enumerate() {
                     let x = _mm256_broadcast_ss(&*x.add(row * stride + at));
                     *sums = [_mm256_fmadd_ps(w[0], x, sums[0]), _mm256_fmadd_ps(w[1], x, sums[1])];
@@ -181,11 +183,14 @@ unsafe fn plain(w: *const u8) -> Sums {
 unsafe fn widened(w: *const u8, which: usize) -> Sums {
     // SAFETY: the caller's promise.
     unsafe {
-        plain(w).map(|pairs| {
-            let pairs = _mm256_castps_si256(pairs);
-            let high = _mm256_set1_epi32(0xffff_0000_u32 as i32);
-            let wide = if which == 0 { _mm256_slli_epi32::<16>(pairs) } else { _mm256_and_si256(pairs, high) };
-            _mm256_castsi256_ps(wide)
-        })
+        let pairs = [_mm256_loadu_si256(w.cast()), _mm256_loadu_si256(w.add(32).cast())];
+        if which == 0 {
+            return [
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(pairs[0])),
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(pairs[1])),
+            ];
+        }
+        let high = _mm256_set1_epi32(0xffff_0000_u32 as i32);
+        [_mm256_castsi256_ps(_mm256_and_si256(pairs[0], high)), _mm256_castsi256_ps(_mm256_and_si256(pairs[1], high))]
     }
 }

@@ -16,7 +16,7 @@ use torus_abi::kernel::parallel_for;
 use super::{Inputs, Params, Step};
 use crate::{
     Level,
-    activations::Element,
+    activations::{Element, for_levels},
     level,
     shared::Shared,
     workspace::{Buffer, Plain},
@@ -105,9 +105,14 @@ pub trait KvElement: Plain {
     fn zero() -> Self;
     /// Of values divided by their token's scale.
     fn encode(level: Level, values: &[f32], out: &mut [Self]);
-    fn decode(self) -> f32;
-    /// A slice of elements that products read as they are.
-    fn as_compute(group: &[Self]) -> Option<&[Self::Compute]>;
+    /// A group as products read it, of whose tokens' keys and values `scales` are; what is not so already goes to `room`,
+    /// which is as long, or empty where there are no scales.
+    fn decode<'a>(
+        level: Level,
+        group: &'a [Self],
+        scales: &[f32],
+        room: &'a mut [Self::Compute],
+    ) -> &'a [Self::Compute];
 }
 
 impl KvElement for f32 {
@@ -122,12 +127,8 @@ impl KvElement for f32 {
         out.copy_from_slice(values);
     }
 
-    fn decode(self) -> f32 {
-        self
-    }
-
-    fn as_compute(group: &[Self]) -> Option<&[f32]> {
-        Some(group)
+    fn decode<'a>(_: Level, group: &'a [Self], _: &[f32], _: &'a mut [f32]) -> &'a [f32] {
+        group
     }
 }
 
@@ -143,12 +144,8 @@ impl KvElement for bf16 {
         bf16::store(level, values, out);
     }
 
-    fn decode(self) -> f32 {
-        self.to_f32()
-    }
-
-    fn as_compute(group: &[Self]) -> Option<&[bf16]> {
-        Some(group)
+    fn decode<'a>(_: Level, group: &'a [Self], _: &[f32], _: &'a mut [bf16]) -> &'a [bf16] {
+        group
     }
 }
 
@@ -163,17 +160,37 @@ impl KvElement for i8 {
         0
     }
 
-    fn encode(_: Level, values: &[f32], out: &mut [Self]) {
+    fn encode(level: Level, values: &[f32], out: &mut [Self]) {
+        encode_int8(level, values, out);
+    }
+
+    fn decode<'a>(level: Level, group: &'a [Self], scales: &[f32], room: &'a mut [f32]) -> &'a [f32] {
+        decode_int8(level, group, scales, room);
+        room
+    }
+}
+
+for_levels! {
+    fn encode_int8(values: &[f32], out: &mut [i8]) {
         let round = |value: f32| value.round_ties_even().clamp(-LARGEST, LARGEST) as i8;
         out.iter_mut().zip(values).for_each(|(out, value)| *out = round(*value));
     }
+}
 
-    fn decode(self) -> f32 {
-        f32::from(self)
-    }
-
-    fn as_compute(_: &[Self]) -> Option<&[f32]> {
-        None
+for_levels! {
+    fn decode_int8(group: &[i8], scales: &[f32], room: &mut [f32]) {
+        let half = group.len() / 2;
+        let rows = room.as_chunks_mut::<GROUP>().0.iter_mut().zip(group.as_chunks::<GROUP>().0);
+        let scales = scales.as_chunks::<GROUP>().0;
+        // As for f32: a row of keys has a dimension of all tokens, a row of values 16 dimensions of one.
+        for (index, (out, row)) in rows.enumerate() {
+            if index < half / GROUP {
+                out.iter_mut().zip(row).zip(&scales[0]).for_each(|((out, key), scale)| *out = f32::from(*key) * scale);
+            } else {
+                let scale = scales[1][index % GROUP];
+                out.iter_mut().zip(row).for_each(|(out, value)| *out = f32::from(*value) * scale);
+            }
+        }
     }
 }
 

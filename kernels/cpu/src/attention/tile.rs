@@ -114,15 +114,10 @@ impl<'a, K: KvElement> Tile<'a, K> {
             let mut room = &mut decoded[..];
             for (index, block) in blocks[..groups].iter_mut().enumerate() {
                 let (elements, scales) = self.group(start + index * GROUP);
-                *block = match K::as_compute(elements) {
-                    Some(elements) => elements,
-                    None => {
-                        let (decoded, rest) = std::mem::take(&mut room).split_at_mut(2 * GROUP * head_dim);
-                        room = rest;
-                        decode(elements, scales, head_dim, decoded);
-                        decoded
-                    }
-                };
+                let (decoded, rest) =
+                    std::mem::take(&mut room).split_at_mut(if K::SCALED { elements.len() } else { 0 });
+                room = rest;
+                *block = K::decode(level, elements, scales, decoded);
             }
             let blocks = &blocks[..groups];
             for (strip, out) in out.iter_mut().enumerate() {
@@ -156,24 +151,6 @@ impl<'a, K: KvElement> Tile<'a, K> {
             *visible = inside(seen.start)..inside(seen.end);
         }
         softmax::weigh(level, scores, &visible[..strip.len()], self.params, out, weights);
-    }
-}
-
-/// Elements with scales, as those without.
-fn decode<K: KvElement>(elements: &[K], scales: &[f32], head_dim: usize, out: &mut [K::Compute]) {
-    let (keys, values) = elements.split_at(GROUP * head_dim);
-    let (key_scales, value_scales) = scales.split_at(GROUP);
-    let (keys_out, values_out) = out.split_at_mut(GROUP * head_dim);
-    // As for f32: a row of keys has a dimension of all tokens, a row of values 16 dimensions of one.
-    for (out, keys) in keys_out.chunks_exact_mut(GROUP).zip(keys.chunks_exact(GROUP)) {
-        for ((out, key), scale) in out.iter_mut().zip(keys).zip(key_scales) {
-            *out = K::Compute::from_f32(key.decode() * scale);
-        }
-    }
-    for (block, values) in values_out.chunks_exact_mut(GROUP * 16).zip(values.chunks_exact(GROUP * 16)) {
-        for ((out, values), scale) in block.chunks_exact_mut(16).zip(values.chunks_exact(16)).zip(value_scales) {
-            out.iter_mut().zip(values).for_each(|(out, value)| *out = K::Compute::from_f32(value.decode() * scale));
-        }
     }
 }
 

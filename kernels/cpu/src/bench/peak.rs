@@ -40,10 +40,15 @@ pub fn peak(arithmetic: Arithmetic) -> Option<f64> {
         let (run, each): (fn(usize), usize) = match (level(), arithmetic) {
             // SAFETY: here and below, the level is one that this machine has.
             (Level::Avx512, Arithmetic::F32) => (|rounds| _ = black_box(unsafe { multiply_f32(rounds) }), 32),
+            // SAFETY: as above.
             (Level::Avx512, Arithmetic::Bf16) => (|rounds| _ = black_box(unsafe { multiply_bf16(rounds) }), 64),
+            // SAFETY: as above.
             (Level::Avx512, _) => (|rounds| _ = black_box(unsafe { multiply_int8(rounds) }), 128),
+            // SAFETY: as above.
             (Level::Avx2, Arithmetic::Int8) => (|rounds| _ = black_box(unsafe { avx2::multiply_int8(rounds) }), 64),
+            // SAFETY: as above.
             (Level::Avx2, Arithmetic::Int6) => (|rounds| _ = black_box(unsafe { avx2::multiply_int6(rounds) }), 64),
+            // SAFETY: as above.
             (Level::Avx2, _) => (|rounds| _ = black_box(unsafe { avx2::multiply_f32(rounds) }), 16),
             _ => return None,
         };
@@ -66,7 +71,7 @@ const CHAINS: usize = 12;
 #[target_feature(enable = "avx512f")]
 fn multiply_f32(rounds: usize) -> f32 {
     use std::arch::x86_64::*;
-    let (mut sums, one) = ([_mm512_setzero_ps(); CHAINS], _mm512_set1_ps(black_box(0.5)));
+    let (mut sums, one) = (black_box([_mm512_setzero_ps(); CHAINS]), _mm512_set1_ps(black_box(0.5)));
     for _ in 0..rounds {
         sums.iter_mut().for_each(|sum| *sum = _mm512_fmadd_ps(one, one, *sum));
     }
@@ -106,7 +111,8 @@ mod avx2 {
 
     #[target_feature(enable = "avx2,fma")]
     pub fn multiply_f32(rounds: usize) -> [f32; 8] {
-        let (mut sums, one) = ([_mm256_setzero_ps(); CHAINS], _mm256_set1_ps(black_box(0.5)));
+        // Not the same number in each, which the compiler would add up once.
+        let (mut sums, one) = (black_box([_mm256_setzero_ps(); CHAINS]), _mm256_set1_ps(black_box(0.5)));
         for _ in 0..rounds {
             sums.iter_mut().for_each(|sum| *sum = _mm256_fmadd_ps(one, one, *sum));
         }

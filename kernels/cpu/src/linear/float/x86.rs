@@ -3,6 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::{Microkernel, Panel};
+use crate::level::unknown;
 
 /// # Safety
 /// That of [`Panel::run`].
@@ -227,26 +228,18 @@ avx2!(
 /// # Safety
 /// The machine has AVX2.
 #[inline(always)]
-unsafe fn first(pairs: [__m256i; 2]) -> Halves {
+unsafe fn first([low, high]: [__m256i; 2]) -> Halves {
     // SAFETY: as the caller says.
-    pairs.map(|pairs| unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(pairs)) })
+    unsafe { [_mm256_castsi256_ps(_mm256_slli_epi32::<16>(low)), _mm256_castsi256_ps(_mm256_slli_epi32::<16>(high))] }
 }
 
 /// # Safety
 /// As above.
 #[inline(always)]
-unsafe fn second(pairs: [__m256i; 2]) -> Halves {
+unsafe fn second([low, high]: [__m256i; 2]) -> Halves {
     // SAFETY: as the caller says.
-    pairs
-        .map(|pairs| unsafe { _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(0xffff_0000_u32 as i32))) })
-}
-
-/// A pointer of which the compiler does not know that it has loaded from it before, so that it does so again instead of
-/// keeping what it got in a register that others need.
-#[inline(always)]
-pub(crate) fn unknown(pointer: *const u8) -> *const u8 {
-    let mut pointer = pointer;
-    // SAFETY: nothing is done.
-    unsafe { std::arch::asm!("/* {0} */", inout(reg) pointer, options(pure, nomem, nostack, preserves_flags)) };
-    pointer
+    unsafe {
+        let mask = _mm256_set1_epi32(0xffff_0000_u32 as i32);
+        [_mm256_castsi256_ps(_mm256_and_si256(low, mask)), _mm256_castsi256_ps(_mm256_and_si256(high, mask))]
+    }
 }

@@ -134,19 +134,29 @@ unsafe fn step<const F: u32, const R: usize, const J: usize>(
     // SAFETY: as the caller says.
     unsafe {
         let w = [unpack::<F, J>(tile), unpack::<F, J>(tile.add(32))];
-        let magnitudes = w.map(|w| _mm256_abs_epi8(w));
+        let magnitudes = [_mm256_abs_epi8(w[0]), _mm256_abs_epi8(w[1])];
         for (row, sums) in sums.iter_mut().enumerate() {
             let x = _mm256_set1_epi32(x.add(row * stride + J * 4).cast::<i32>().read_unaligned());
             for half in 0..2 {
-                sums[half] = if F == Q8 {
+                sums[half] = held(if F == Q8 {
                     let pairs = _mm256_maddubs_epi16(magnitudes[half], _mm256_sign_epi8(x, w[half]));
                     _mm256_add_epi32(sums[half], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
                 } else {
                     _mm256_add_epi16(sums[half], _mm256_maddubs_epi16(w[half], x))
-                };
+                });
             }
         }
     }
+}
+
+/// The same sum, which the compiler must have in a register here: else it computes row by row, and keeps the weights of
+/// all steps in memory.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn held(mut sum: __m256i) -> __m256i {
+    // SAFETY: nothing is done.
+    unsafe { std::arch::asm!("/* {0} */", inout(ymm_reg) sum, options(nomem, nostack, preserves_flags)) };
+    sum
 }
 
 /// Calls [`step`] for some registers.
@@ -170,7 +180,7 @@ unsafe fn rows_of<const F: u32, const R: usize>(panel: &Panel) {
             let x = panel.x.add(block * BLOCK);
             let scales = |index: usize| -> Halves<__m256> {
                 let at = tile.add(scales_at(format) + index * 32);
-                [0, 16].map(|half| _mm256_cvtph_ps(_mm_loadu_si128(at.add(half).cast())))
+                [_mm256_cvtph_ps(_mm_loadu_si128(at.cast())), _mm256_cvtph_ps(_mm_loadu_si128(at.add(16).cast()))]
             };
             let begin = |part: usize| -> [Halves<__m256i>; R] {
                 let first = if F == Q5_MIN { first_sum(Q5) } else { first_sum(F) };
@@ -198,11 +208,15 @@ unsafe fn rows_of<const F: u32, const R: usize>(panel: &Panel) {
                 let mut minimums = scales(1);
                 if F == Q5_MIN {
                     let sixteen = _mm256_set1_ps(16.0);
-                    minimums = [0, 1].map(|half| _mm256_fmadd_ps(scale[half], sixteen, minimums[half]));
+                    for half in 0..2 {
+                        minimums[half] = _mm256_fmadd_ps(scale[half], sixteen, minimums[half]);
+                    }
                 }
                 for (row, sums) in sums.iter_mut().enumerate() {
                     let sum = _mm256_set1_ps(*panel.scaled_sums.add(row * blocks + block));
-                    *sums = [0, 1].map(|half| _mm256_fmadd_ps(minimums[half], sum, sums[half]));
+                    for half in 0..2 {
+                        sums[half] = _mm256_fmadd_ps(minimums[half], sum, sums[half]);
+                    }
                 }
             }
         }
