@@ -66,9 +66,12 @@ pub(super) fn pack_group(
         (S::Q6K, Format::Q6) => q6_k,
         _ => return Err(PackError::Source { from: source, to: format }),
     };
-    out.fill(0);
-    let tiles = out.chunks_exact_mut(format.tile_bytes()).take(columns / BLOCK);
-    for (index, tile) in tiles.enumerate() {
+    let (tiles, rest) = out.split_at_mut(columns / BLOCK * format.tile_bytes());
+    rest.fill(0);
+    if rows.len() < GROUP {
+        tiles.fill(0);
+    }
+    for (index, tile) in tiles.chunks_exact_mut(format.tile_bytes()).enumerate() {
         for (lane, row) in rows.iter().enumerate() {
             put(format, &read(row, source, index), lane, tile);
         }
@@ -76,19 +79,27 @@ pub(super) fn pack_group(
     Ok(())
 }
 
+/// Writes all that a tile holds of a row.
 fn put(format: Format, block: &Block, lane: usize, tile: &mut [u8]) {
-    for (k, element) in block.elements.iter().enumerate() {
-        let (register, at) = (k / 4, lane * 4 + k % 4);
-        if format == Format::Q8 {
-            tile[register * 64 + at] = *element;
-            continue;
+    let registers = block.elements.as_chunks::<4>().0;
+    let mut set = |start: usize, bytes: [u8; 4]| tile[start + lane * 4..][..4].copy_from_slice(&bytes);
+    if format == Format::Q8 {
+        registers.iter().enumerate().for_each(|(register, bytes)| set(register * 64, *bytes));
+    } else {
+        for i in 0..4 {
+            let (low, high) = (registers[i], registers[i + 4]);
+            set(i * 64, std::array::from_fn(|b| low[b] & 15 | (high[b] & 15) << 4));
         }
-        tile[register % 4 * 64 + at] |= (element & 15) << (register / 4 * 4);
-        match format {
-            Format::Q5 | Format::Q5Min => tile[256 + at] |= (element >> 4) << register,
-            Format::Q6 => tile[256 + register / 4 * 64 + at] |= (element >> 4) << (register % 4 * 2),
-            _ => {}
-        }
+    }
+    // The bits above the lowest four of some registers, so many of each.
+    let mut above = |start: usize, registers: &[[u8; 4]], bits: usize| {
+        let joined = |b: usize| registers.iter().rev().fold(0u8, |joined, bytes| joined << bits | bytes[b] >> 4);
+        set(start, std::array::from_fn(joined));
+    };
+    match format {
+        Format::Q5 | Format::Q5Min => above(256, registers, 1),
+        Format::Q6 => (0..2).for_each(|half| above(256 + half * 64, &registers[half * 4..][..4], 2)),
+        _ => {}
     }
     let scales = tile[scales_at(format)..].chunks_exact_mut(GROUP * 2);
     for (scales, scale) in scales.zip(block.scales) {
