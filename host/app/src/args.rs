@@ -140,9 +140,10 @@ pub struct HostBenchArgs {
     #[arg(long, value_name = "TOKENS", default_value_t = 1_000_000, help_heading = "Cases")]
     pub cached_tokens: usize,
     /// HTTP clients that are streamed to
-    #[arg(long, value_name = "N", default_value_t = 256, help_heading = "Cases")]
-    pub clients: usize,
-    /// Tokens streamed to each
+    #[arg(long, value_name = "N", num_args = 1.., value_delimiter = ',', default_values_t = [32, 256, 1024, 4096],
+        help_heading = "Cases")]
+    pub clients: Vec<usize>,
+    /// Tokens streamed to each, at most 256,000 to all
     #[arg(long, value_name = "TOKENS", default_value_t = 1000, help_heading = "Cases")]
     pub stream_tokens: usize,
     /// Print what each part of a step takes
@@ -154,6 +155,9 @@ pub struct HostBenchArgs {
     /// Print JSON
     #[arg(long, help_heading = "Output")]
     pub json: bool,
+    /// No progress bar
+    #[arg(long, alias = "disable-tqdm", help_heading = "Output")]
+    pub disable_progress: bool,
 }
 
 /// Options of `torus bench step`.

@@ -8,10 +8,11 @@ use std::{collections::BTreeMap, fs, path::Path, process::ExitCode, sync::Arc};
 
 use anyhow::Context;
 use futures::{StreamExt, stream::FuturesUnordered};
+use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 use torus_engine::{
     NullConfig,
-    api::{Engine, GenerateRequest, LogprobOptions, SamplingParams},
+    api::{Engine, Event, EventStream, GenerateRequest, LogprobOptions, SamplingParams},
     config::ScheduleConfig,
 };
 
@@ -25,26 +26,57 @@ const CHUNK: usize = 8192;
 
 pub fn run(args: &HostBenchArgs) -> anyhow::Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let mut results = Vec::new();
+    let bar = progress_bar(args);
+    let (mut steps, mut served) = (Vec::new(), Vec::new());
     for running in &args.running {
         for shared in [false, true] {
             let case = Case { running: *running, prompt: args.input_len, steps: args.steps, shared };
-            let measured = runtime.block_on(case.measure(args.trace_dir.as_deref()))?;
+            bar.set_message(case.name());
+            let measured = runtime.block_on(case.measure(args.trace_dir.as_deref(), &bar))?;
             if !args.json {
-                measured.print(args.profile);
+                bar.suspend(|| measured.print(args.profile));
             }
-            results.push(measured.json());
+            steps.push(measured.json());
         }
     }
+    bar.set_message("prefix cache");
     let radix = radix::measure(args.cached_tokens);
-    let streams = runtime.block_on(streams::measure(args.clients, args.stream_tokens))?;
+    if !args.json {
+        bar.suspend(|| radix.print());
+    }
+    for clients in &args.clients {
+        bar.set_message(format!("{clients} clients"));
+        let tokens = stream_tokens(*clients, args.stream_tokens);
+        let streams = runtime.block_on(streams::measure(*clients, tokens, &bar))?;
+        if !args.json {
+            bar.suspend(|| streams.print());
+        }
+        served.push(streams.json());
+    }
+    bar.finish_and_clear();
     if args.json {
-        println!("{}", json!({"steps": results, "radix": radix.json(), "streams": streams.json()}));
-    } else {
-        radix.print();
-        streams.print();
+        println!("{}", json!({"steps": steps, "radix": radix.json(), "streams": served}));
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Tokens for each of so many clients: fewer, where all together would be more than this.
+fn stream_tokens(clients: usize, wanted: usize) -> usize {
+    const ALL_CLIENTS: usize = 256_000;
+    wanted.min(ALL_CLIENTS / clients.max(1)).max(1)
+}
+
+/// A bar on standard error, where that is a terminal: what is measured now, and how many of its tokens and of those to come
+/// one of the sequences has.
+fn progress_bar(args: &HostBenchArgs) -> ProgressBar {
+    if args.disable_progress {
+        return ProgressBar::hidden();
+    }
+    let streamed: usize = args.clients.iter().map(|clients| stream_tokens(*clients, args.stream_tokens)).sum();
+    let bar = ProgressBar::new((2 * args.running.len() * args.steps + streamed) as u64);
+    let style = ProgressStyle::with_template("{msg:34} {bar:40} {percent}%, {elapsed} (about {eta} left)");
+    // The template is a constant; a default style would do as well.
+    if let Ok(style) = style { bar.with_style(style) } else { bar }
 }
 
 /// An engine on the null device; steps with fewer than `full_steps` sequences take a millisecond.
@@ -79,6 +111,7 @@ struct Case {
 }
 
 struct Measured {
+    name: String,
     running: usize,
     shared: bool,
     steps_per_s: f64,
@@ -89,7 +122,11 @@ struct Measured {
 }
 
 impl Case {
-    async fn measure(&self, trace_dir: Option<&Path>) -> anyhow::Result<Measured> {
+    fn name(&self) -> String {
+        format!("{} running, {}", self.running, if self.shared { "shared prefixes" } else { "own prompts" })
+    }
+
+    async fn measure(&self, trace_dir: Option<&Path>, bar: &ProgressBar) -> anyhow::Result<Measured> {
         let engine = engine(self.running, self.prompt + self.steps + 1, self.running)?;
         wait_until_ready(&*engine).await.map_err(anyhow::Error::msg)?;
         engine.start_profile(trace_dir.and_then(Path::to_str))?;
@@ -97,7 +134,8 @@ impl Case {
         let streams = streams.collect::<Result<Vec<_>, _>>()?;
         let drained: FuturesUnordered<_> = streams
             .into_iter()
-            .map(|mut stream| tokio::spawn(async move { while stream.next().await.is_some() {} }))
+            .enumerate()
+            .map(|(index, stream)| tokio::spawn(drain(stream, (index == 0).then(|| bar.clone()))))
             .collect();
         drained.for_each(|_| async {}).await;
         let path = engine.stop_profile()?;
@@ -152,7 +190,16 @@ impl Case {
         parts.values_mut().for_each(|times| times.sort_by(f64::total_cmp));
         let span = ends.last().unwrap_or(&0.0) - ends.first().unwrap_or(&0.0);
         let steps_per_s = (ends.len() - 1) as f64 / span;
-        Ok(Measured { running: self.running, shared: self.shared, steps_per_s, parts, critical })
+        Ok(Measured { name: self.name(), running: self.running, shared: self.shared, steps_per_s, parts, critical })
+    }
+}
+
+/// Reads a stream to its end; a bar counts its tokens.
+async fn drain(mut stream: EventStream, bar: Option<ProgressBar>) {
+    while let Some(event) = stream.next().await {
+        if let (Some(bar), Event::Tokens { tokens, .. }) = (&bar, event) {
+            bar.inc(tokens.len() as u64);
+        }
     }
 }
 
@@ -165,10 +212,9 @@ const STEP_S: f64 = 11e-3;
 
 impl Measured {
     fn print(&self, profile: bool) {
-        let hits = if self.shared { "shared prefixes" } else { "own prompts" };
         println!(
-            "{} running, {hits}: {:.0} steps/s; between steps p50 {:.0} us, p99 {:.0} us: {:.1}% of a step of 11 ms",
-            self.running,
+            "{}: {:.0} steps/s; between steps p50 {:.0} us, p99 {:.0} us: {:.1}% of a step of 11 ms",
+            self.name,
             self.steps_per_s,
             quantile(&self.critical, 0.5) * 1e6,
             quantile(&self.critical, 0.99) * 1e6,

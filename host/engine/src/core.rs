@@ -110,9 +110,14 @@ impl Core {
             }
             self.expire();
             self.launch_steps();
+            let tokens = self.in_flight.front().map(|step| step.batch.tokens());
             self.finish_oldest();
+            let finished = Instant::now();
             self.end_by_scheduler();
             self.publish();
+            if let Some(tokens) = tokens {
+                self.profiler.record("publish", finished, Instant::now(), tokens);
+            }
             if self.shutting_down && self.requests.is_empty() && self.in_flight.is_empty() {
                 break;
             }
@@ -351,10 +356,13 @@ impl Core {
         let mut outcomes = Vec::with_capacity(step.batch.rows.len());
         let reader = results::Reader::new(&result);
         let mut first_token = 0;
+        let mut delivery = self.profiler.delivery(step.batch.rows.len());
         for (index, row) in step.batch.rows.iter().enumerate() {
-            let request = self.requests.get_mut(&row.request);
             let place = results::Place { row: index, first_token, rows: step.rows };
-            let (outcome, ending) = request.map_or((Outcome::Nothing, None), |r| results::take(r, row, place, &reader));
+            let (outcome, ending) = self.requests.get_mut(&row.request).map_or((Outcome::Nothing, None), |request| {
+                let taken = results::take(request, row, place, &reader);
+                delivery.timed(index, || results::deliver(request, taken))
+            });
             self.stats.sampled += u64::from(matches!(outcome, Outcome::Token(_) | Outcome::Finished(_)));
             outcomes.push(outcome);
             endings.extend(ending.map(|reason| (row.request, reason)));
@@ -365,7 +373,11 @@ impl Core {
             self.end(id, reason);
         }
         self.stats.finished(finished - waited_from);
-        self.profiler.record("unpack", finished, Instant::now(), step.batch.tokens());
+        // The two alternate row by row; the trace shows one after the other.
+        let ended = Instant::now();
+        let unpacked = ended.checked_sub(delivery.total()).map_or(finished, |then| then.max(finished));
+        self.profiler.record("unpack", finished, unpacked, step.batch.tokens());
+        self.profiler.record("stream", unpacked, ended, step.batch.tokens());
     }
 
     /// Learns what a step cost: it began when it was launched or when the one before ended.

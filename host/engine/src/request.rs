@@ -35,6 +35,8 @@ pub(crate) struct RequestState {
     prefilled: bool,
     /// Still counted among those that wait for their first step.
     pub waiting: bool,
+    /// Events not handed to the client yet.
+    unsent: Vec<Event>,
     events: mpsc::Sender<Event>,
     ending: Ending,
 }
@@ -65,6 +67,7 @@ impl RequestState {
             prompt_logprobs: if first { vec![unconditional] } else { Vec::new() },
             prefilled: false,
             waiting: true,
+            unsent: Vec::new(),
             events: submission.events,
             ending: submission.ending,
             prompt: request.prompt,
@@ -134,27 +137,36 @@ impl RequestState {
         }
     }
 
-    /// Tells the client that the prompt is done, once.
-    pub fn tell_prefilled(&mut self) -> Result<(), Abort> {
-        if std::mem::replace(&mut self.prefilled, true) {
-            return Ok(());
+    /// Notes for the client that the prompt is done, once.
+    pub fn note_prefilled(&mut self) {
+        if !std::mem::replace(&mut self.prefilled, true) {
+            let prompt_logprobs = std::mem::take(&mut self.prompt_logprobs);
+            let cached_tokens = self.cached_tokens.unwrap_or(0);
+            self.unsent.push(Event::Prefilled { cached_tokens, prompt_logprobs });
         }
-        let prompt_logprobs = std::mem::take(&mut self.prompt_logprobs);
-        self.send(Event::Prefilled { cached_tokens: self.cached_tokens.unwrap_or(0), prompt_logprobs })
     }
 
     /// Takes a sampled token. Answers why the request ends with it, if it does.
-    pub fn take_token(&mut self, token: TokenLogprob) -> Result<Option<FinishReason>, Abort> {
-        self.tell_prefilled()?;
+    pub fn take_token(&mut self, token: TokenLogprob) -> Option<FinishReason> {
+        self.note_prefilled();
         let id = token.token;
         self.output.push(id);
         let logprobs = if self.logprobs.output { vec![token] } else { Vec::new() };
-        self.send(Event::Tokens { tokens: vec![id], logprobs })?;
+        self.unsent.push(Event::Tokens { tokens: vec![id], logprobs });
         let enough = self.output.len() > self.sampling.min_new_tokens as usize;
         if self.stop_tokens.contains(&id) && enough {
-            return Ok(Some(FinishReason::Stop { token: id }));
+            return Some(FinishReason::Stop { token: id });
         }
-        Ok((self.output.len() >= self.max_new_tokens).then_some(FinishReason::Length))
+        (self.output.len() >= self.max_new_tokens).then_some(FinishReason::Length)
+    }
+
+    /// Hands the client what was noted for it.
+    pub fn deliver(&mut self) -> Result<(), Abort> {
+        // Its memory is used again for the next step's.
+        let mut unsent = std::mem::take(&mut self.unsent);
+        let sent = unsent.drain(..).try_for_each(|event| self.send(event));
+        self.unsent = unsent;
+        sent
     }
 
     /// Says how it ended. A client that is too slow to take this finds it when it has read what is before it.
@@ -192,8 +204,10 @@ mod tests {
         let sampling = SamplingParams { min_new_tokens: 1, stop_token_ids: vec![9], ..Default::default() };
         let (mut state, mut events) = request(sampling, LogprobOptions::default());
         assert!(state.forbids_stops(0) && !state.forbids_stops(1));
-        assert_eq!(state.take_token(token(2)).unwrap(), None);
-        assert_eq!(state.take_token(token(9)).unwrap(), Some(FinishReason::Stop { token: 9 }));
+        assert_eq!(state.take_token(token(2)), None);
+        assert_eq!(state.take_token(token(9)), Some(FinishReason::Stop { token: 9 }));
+        assert!(events.try_recv().is_err(), "nothing is sent before it is delivered");
+        state.deliver().unwrap();
         assert!(matches!(events.try_recv().unwrap(), Event::Prefilled { cached_tokens: 0, .. }));
         assert_eq!(events.try_recv().unwrap(), Event::Tokens { tokens: vec![2], logprobs: vec![] });
     }
@@ -204,7 +218,7 @@ mod tests {
             request(SamplingParams { ignore_eos: true, ..Default::default() }, Default::default());
         assert_eq!(state.max_new_tokens, 7);
         for _ in 0..3 {
-            assert_eq!(state.take_token(token(2)).unwrap(), None);
+            assert_eq!(state.take_token(token(2)), None);
         }
         assert_eq!(state.output.len(), 3);
     }
@@ -213,10 +227,13 @@ mod tests {
     fn a_client_that_does_not_read_is_told_apart_from_one_that_left() {
         let (mut state, events) =
             request(SamplingParams { ignore_eos: true, ..Default::default() }, Default::default());
-        let outcome = (0..8).find_map(|_| state.take_token(token(1)).err());
-        assert_eq!(outcome, Some(Abort::SlowClient));
+        let mut next = || {
+            state.take_token(token(1));
+            state.deliver()
+        };
+        assert_eq!((0..8).find_map(|_| next().err()), Some(Abort::SlowClient));
         drop(events);
-        assert_eq!(state.take_token(token(1)), Err(Abort::ByUser));
+        assert_eq!(next(), Err(Abort::ByUser));
     }
 
     #[test]
@@ -228,7 +245,8 @@ mod tests {
         state.take_prompt_logprob(1, token(6));
         state.take_prompt_logprob(1, token(6));
         state.take_prompt_logprob(2, token(7));
-        state.tell_prefilled().unwrap();
+        state.note_prefilled();
+        state.deliver().unwrap();
         let Event::Prefilled { prompt_logprobs, .. } = events.try_recv().unwrap() else { panic!("no prefill") };
         assert_eq!(prompt_logprobs.iter().map(|t| t.token).collect::<Vec<_>>(), [5, 6, 7]);
         assert_eq!(prompt_logprobs[0].logprob, None);

@@ -53,8 +53,8 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// Gives a request what a step computed for it. Answers what the scheduler is told, and how the request ends if the
-/// scheduler does not end it by that.
+/// Gives a request what a step computed for it, to be delivered to its client. Answers what the scheduler is told, and how
+/// the request ends if the scheduler does not end it by that.
 pub(crate) fn take(
     request: &mut RequestState,
     row: &Row,
@@ -83,13 +83,24 @@ pub(crate) fn take(
         return (Outcome::Discarded, Some(FinishReason::Aborted(why)));
     }
     if request.max_new_tokens == 0 {
-        let told = request.tell_prefilled();
-        return (Outcome::Nothing, Some(told.map_or_else(FinishReason::Aborted, |()| FinishReason::Length)));
+        request.note_prefilled();
+        return (Outcome::Nothing, Some(FinishReason::Length));
     }
     let token = reader.word(at, result::TOKEN) as u32;
     match request.take_token(reader.logprob(at, token, request.logprobs.top_n)) {
-        Ok(None) => (Outcome::Token(token), None),
-        Ok(Some(reason)) => (Outcome::Finished(token), Some(reason)),
-        Err(why) => (Outcome::Finished(token), Some(FinishReason::Aborted(why))),
+        None => (Outcome::Token(token), None),
+        Some(reason) => (Outcome::Finished(token), Some(reason)),
+    }
+}
+
+/// Delivers what a step gave a request. If its client does not take it, the request ends.
+pub(crate) fn deliver(
+    request: &mut RequestState,
+    (outcome, ending): (Outcome, Option<FinishReason>),
+) -> (Outcome, Option<FinishReason>) {
+    match (request.deliver(), outcome) {
+        (Ok(()), outcome) => (outcome, ending),
+        (Err(why), Outcome::Token(token)) => (Outcome::Finished(token), Some(FinishReason::Aborted(why))),
+        (Err(why), outcome) => (outcome, Some(FinishReason::Aborted(why))),
     }
 }

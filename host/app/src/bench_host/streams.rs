@@ -9,6 +9,7 @@ use std::{
 };
 
 use anyhow::Context;
+use indicatif::ProgressBar;
 use serde_json::{Value, json};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -31,8 +32,9 @@ pub struct Streams {
     bare: f64,
 }
 
-pub async fn measure(clients: usize, tokens: usize) -> anyhow::Result<Streams> {
-    let (elapsed, read) = serve(clients, tokens).await?;
+pub async fn measure(clients: usize, tokens: usize, bar: &ProgressBar) -> anyhow::Result<Streams> {
+    allow_files(clients)?;
+    let (elapsed, read) = serve(clients, tokens, bar).await?;
     // Tokens that arrive together share an event.
     let (bytes, events) = (read.bytes.load(Ordering::Relaxed), read.events.load(Ordering::Relaxed).max(1));
     let event = vec![b'x'; (bytes / events) as usize];
@@ -47,6 +49,19 @@ pub async fn measure(clients: usize, tokens: usize) -> anyhow::Result<Streams> {
     })
 }
 
+/// Lets this process open as many sockets as it may: each client takes two.
+fn allow_files(clients: usize) -> anyhow::Result<()> {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    const BESIDE: u64 = 128;
+    let wanted = 2 * clients as u64 + BESIDE;
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    if current.is_none_or(|current| current >= wanted) {
+        return Ok(());
+    }
+    let raised = setrlimit(Resource::Nofile, Rlimit { current: Some(wanted), maximum });
+    raised.with_context(|| format!("--clients {clients}: {wanted} files must be open at once; see 'ulimit -n'"))
+}
+
 /// What came over all sockets.
 #[derive(Default)]
 struct Read {
@@ -55,7 +70,7 @@ struct Read {
 }
 
 /// Streams from an engine on the null device through the HTTP server. Gives the time, and what was read.
-async fn serve(clients: usize, tokens: usize) -> anyhow::Result<(Duration, Arc<Read>)> {
+async fn serve(clients: usize, tokens: usize, bar: &ProgressBar) -> anyhow::Result<(Duration, Arc<Read>)> {
     // A token a millisecond for each client: more than can be written one by one.
     let engine = engine(clients, PROMPT + tokens + 1, clients + 1)?;
     crate::serve::wait_until_ready(&*engine).await.map_err(anyhow::Error::msg)?;
@@ -88,7 +103,8 @@ async fn serve(clients: usize, tokens: usize) -> anyhow::Result<(Duration, Arc<R
     let started = Instant::now();
     let mut readers = JoinSet::new();
     for (client, socket) in sockets.into_iter().enumerate() {
-        readers.spawn(read_stream(socket, client, tokens, total.clone()));
+        let bar = (client == 0).then(|| bar.clone());
+        readers.spawn(read_stream(socket, client, tokens, total.clone(), bar));
     }
     while let Some(read) = readers.join_next().await {
         read??;
@@ -100,7 +116,13 @@ async fn serve(clients: usize, tokens: usize) -> anyhow::Result<(Duration, Arc<R
 }
 
 /// Sends a request and reads its stream to the end.
-async fn read_stream(mut socket: TcpStream, client: usize, tokens: usize, total: Arc<Read>) -> anyhow::Result<()> {
+async fn read_stream(
+    mut socket: TcpStream,
+    client: usize,
+    tokens: usize,
+    total: Arc<Read>,
+    bar: Option<ProgressBar>,
+) -> anyhow::Result<()> {
     let ids: Vec<_> = (0..PROMPT).map(|at| 16 + (client * 37 + at * 11) % 200).collect();
     let body = json!({"input_ids": ids, "stream": true,
         "sampling_params": {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": true}});
@@ -125,6 +147,9 @@ async fn read_stream(mut socket: TcpStream, client: usize, tokens: usize, total:
         let ends = buffer[..read].windows(2).filter(|pair| pair == b"\n\n").count();
         total.bytes.fetch_add(read as u64, Ordering::Relaxed);
         total.events.fetch_add(ends as u64, Ordering::Relaxed);
+        if let Some(bar) = &bar {
+            bar.inc(ends as u64);
+        }
     }
 }
 
