@@ -78,6 +78,7 @@ pub fn config(model: ResolvedModel) -> EngineConfig {
         },
         random_seed: 1,
         cache_dir: Some(fetched("models").with_file_name("compiled")),
+        weight_cache: None,
         watchdog_timeout: Duration::from_secs(300),
         progress: false,
         fail_on_token: None,

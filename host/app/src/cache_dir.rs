@@ -73,6 +73,11 @@ impl CacheDir {
         self.0.join("executables")
     }
 
+    /// Packed weights.
+    pub fn weights(&self) -> PathBuf {
+        self.0.join("weights")
+    }
+
     /// The PJRT plugin for a device: the one given, for a TPU the one of `TPU_LIBRARY_PATH`, else the newest known one
     /// in this folder.
     pub fn pjrt_plugin(&self, device: Device, given: Option<&Path>) -> Result<PathBuf, PjrtPluginError> {

@@ -6,7 +6,10 @@ use anyhow::ensure;
 use torus_engine::{
     MemoryBudget,
     api::Engine,
-    config::{DeviceConfig, DtypeChoice, EngineConfig, KvCacheDtype, MemoryConfig, Platform, ScheduleConfig},
+    config::{
+        DeviceConfig, DtypeChoice, EngineConfig, KvCacheDtype, MemoryConfig, Platform, ScheduleConfig,
+        WeightCacheConfig,
+    },
 };
 use torus_plugins::Registry;
 
@@ -47,7 +50,9 @@ impl Machine {
             cpu_threads: Some(args.threads.unwrap_or_else(|| limits.cpus())),
         };
         let budget = MemoryBudget::new(limits.memory_bytes());
-        Ok(Self { cache, device: torus_engine::Device::new(config), budget })
+        let device = torus_engine::Device::new(config);
+        device.prepare();
+        Ok(Self { cache, device, budget })
     }
 
     pub fn cache(&self) -> &CacheDir {
@@ -100,6 +105,11 @@ impl Machine {
             schedule: schedule(&args.schedule),
             random_seed: args.schedule.random_seed,
             cache_dir: Some(self.cache.executables()),
+            weight_cache: args
+                .device
+                .weight_cache_from
+                .bytes()
+                .map(|from_bytes| WeightCacheConfig { folder: self.cache.weights(), from_bytes }),
             watchdog_timeout: args.schedule.watchdog_timeout,
             progress: true,
             fail_on_token: None,

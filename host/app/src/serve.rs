@@ -26,7 +26,7 @@ use crate::{
 };
 
 /// How often the engine is asked how far it is.
-const READINESS_POLL: Duration = Duration::from_millis(50);
+const READINESS_POLL: Duration = Duration::from_millis(5);
 
 pub fn run(args: &ServeArgs, limits: &Limits) -> anyhow::Result<ExitCode> {
     logging::init(&args.log, LogLevel::Info)?;

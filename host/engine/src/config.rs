@@ -36,6 +36,8 @@ pub struct EngineConfig {
     pub random_seed: u64,
     /// Folder of compiled executables; `None` = nothing is kept.
     pub cache_dir: Option<PathBuf>,
+    /// Where packed weights are kept for the next start; `None` = nowhere.
+    pub weight_cache: Option<WeightCacheConfig>,
     /// A step that takes longer than this is reported, and the engine is no longer healthy.
     pub watchdog_timeout: std::time::Duration,
     /// Show progress bars on the terminal while loading and compiling.
@@ -43,6 +45,14 @@ pub struct EngineConfig {
     /// Steps that fail on purpose, for tests of recovery (`TORUS_TEST_FAIL_STEP`): the step that first computes a
     /// request whose prompt holds this token fails.
     pub fail_on_token: Option<u32>,
+}
+
+/// Packed weights on disk, for models whose weights are packed.
+#[derive(Clone, Debug)]
+pub struct WeightCacheConfig {
+    pub folder: PathBuf,
+    /// Weights of fewer bytes are packed faster than it is worth keeping them.
+    pub from_bytes: u64,
 }
 
 /// What the step loop is told, whatever it runs on.

@@ -10,6 +10,7 @@ use crate::{
     program::{Arguments, LOAD_ENTRIES},
 };
 
+mod hash;
 mod null;
 mod target;
 
@@ -104,8 +105,8 @@ struct Mutable {
     allowed: Buffer,
 }
 
-/// Arrays beside the pools.
-const ROW_ARRAYS: usize = 5;
+/// Arrays of a few words for each slot.
+const SMALL_ARRAYS: usize = 3;
 
 /// The state was lost in a failed execution and not yet made anew.
 fn lost() -> PjrtError {
@@ -129,20 +130,24 @@ impl DeviceState {
         Ok(state)
     }
 
-    /// Makes pools and rows anew, all zero.
+    /// Makes pools and rows anew, all zero. What shares the host's memory takes none before it is used.
     pub fn reset(&mut self) -> Result<(), PjrtError> {
         // The old ones go first: two generations need not fit.
         self.mutable = None;
         let Execution { mut outputs, done } = self.loaders.initial_state.execute(&[])?;
         done.wait()?;
-        let rest = outputs.split_off(outputs.len().saturating_sub(ROW_ARRAYS));
-        if outputs.is_empty() {
-            // The program leaves the pools out where they share the host's memory.
-            outputs = self.arguments.pools.iter().map(|pool| self.target.zeros(pool)).collect::<Result<_, _>>()?;
+        let incomplete = || PjrtError::Invalid("the initial state is incomplete".into());
+        let mut large = outputs.split_off(outputs.len().min(SMALL_ARRAYS));
+        if large.is_empty() {
+            // The program leaves them out where they share the host's memory.
+            large = self.arguments.large().map(|tensor| self.target.zeros(tensor)).collect::<Result<_, _>>()?;
         }
-        let [last_tokens, page_table, token_counts, bias, allowed] = <[Buffer; ROW_ARRAYS]>::try_from(rest)
-            .map_err(|_| PjrtError::Invalid("the initial state is incomplete".into()))?;
-        self.mutable = Some(Mutable { pools: outputs, last_tokens, page_table, token_counts, bias, allowed });
+        let [last_tokens, page_table, allowed] =
+            <[Buffer; SMALL_ARRAYS]>::try_from(outputs).map_err(|_| incomplete())?;
+        let mut large = large.into_iter();
+        let (token_counts, bias) = large.next().zip(large.next()).ok_or_else(incomplete)?;
+        let pools = large.collect();
+        self.mutable = Some(Mutable { pools, last_tokens, page_table, token_counts, bias, allowed });
         Ok(())
     }
 

@@ -37,6 +37,7 @@ mod stats;
 #[cfg(test)]
 mod testing;
 mod watchdog;
+mod weight_cache;
 
 pub use blueprint::{Blueprint, StepKind};
 pub use budget::{MemoryBudget, Shortage};

@@ -17,7 +17,8 @@ use crate::{
     handle::{Shared, lock},
     kernels::{register_host_kernels, register_kernels},
     program::{Arguments, AssembleError, Rows, StepLayout, WeightMap, initial_state, load_pages, load_row},
-    sink::DeviceSink,
+    sink::{self, DeviceSink},
+    weight_cache::{self, Keeping},
 };
 
 /// Why an engine could not be started.
@@ -86,6 +87,9 @@ pub(crate) struct Loaded {
     pub pages: Vec<Vec<u32>>,
     /// Entries of the table that the next step buffer brings.
     pub pending_pages: Vec<(u32, i32)>,
+    /// Writes the packed weights to disk.
+    #[expect(dead_code, reason = "held until the engine ends")]
+    pub keeping: Option<Keeping>,
     /// Given back after everything above is gone: fields are dropped in order.
     #[expect(dead_code, reason = "held until the engine ends")]
     pub reservation: Option<Reservation>,
@@ -122,7 +126,7 @@ pub(crate) fn load(config: &EngineConfig, shared: &Shared) -> Result<Loaded, Sta
     let programs = compile(config, &compiler, &blueprint, shared)?;
     let reservation = at_once.map_or_else(|| wait_for_memory(config, bytes, shared), Ok)?;
     let Blueprint { plugin, attention, plan, assembler, .. } = blueprint;
-    let weights = load_weights(config, &weights, &assembler.weights, &target, shared)?;
+    let (weights, keeping) = load_weights(config, &weights, &assembler.weights, &target, shared)?;
     let arguments = assembler.arguments(plan.shape(1, 1))?;
     let state = DeviceState::new(target.clone(), arguments, weights.into(), Arc::new(programs.loaders))?;
     let end_tokens = config.end_token_ids.clone();
@@ -154,6 +158,7 @@ pub(crate) fn load(config: &EngineConfig, shared: &Shared) -> Result<Loaded, Sta
         pages_per_slot: plan.pages_per_slot,
         pages: vec![Vec::new(); plan.max_running],
         pending_pages: Vec::new(),
+        keeping,
         reservation: Some(reservation),
     })
 }
@@ -195,13 +200,19 @@ impl Progress for LoadProgress<'_> {
     }
 }
 
+/// From the cache, or packed, and then written to the cache beside everything else.
 fn load_weights(
     config: &EngineConfig,
     plan: &LoadPlan<'_>,
     map: &WeightMap,
     target: &Target,
     shared: &Shared,
-) -> Result<Vec<Buffer>, StartError> {
+) -> Result<(Vec<Buffer>, Option<Keeping>), StartError> {
+    let entry = map.arena().and_then(|_| weight_cache::entry(config.weight_cache.as_ref(), plan));
+    if let Some(found) = entry.as_ref().and_then(|entry| entry.open()) {
+        tracing::info!(bytes = plan.bytes(), "packed weights are mapped from the cache");
+        return Ok((sink::arguments(target, map, found.matrices, &found.vectors)?, None));
+    }
     let console = config.progress.then(torus_weights::ConsoleProgress::new);
     let mut sink = DeviceSink::new(target, shared, map)?;
     let report = plan.run(&mut sink, &LoadProgress { console, shared })?;
@@ -211,7 +222,7 @@ fn load_weights(
         seconds = report.elapsed.as_secs_f32(),
         "weights loaded"
     );
-    sink.finish()
+    sink.finish(entry)
 }
 
 /// Everything that decides machine code beside a program's text. What the plugins decide is in the text, so that another
@@ -220,7 +231,7 @@ fn cache_key(config: &EngineConfig, target: &Target) -> Result<CacheKey, StartEr
     let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let flags = cpu.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
     let mut key = CacheKey::new()
-        .with("pjrt", config.device.plugin_sha256()?)
+        .with("pjrt", config.device.plugin_sha256(config.cache_dir.as_deref())?)
         .with("device", target.device.kind())
         .with("cpu", flags)
         .with("version", env!("CARGO_PKG_VERSION"));

@@ -59,6 +59,7 @@ pub(crate) fn load_null(config: &NullConfig, shared: &Shared) -> Loaded {
         pages_per_slot,
         pages: vec![Vec::new(); max_running],
         pending_pages: Vec::new(),
+        keeping: None,
         reservation: None,
     }
 }

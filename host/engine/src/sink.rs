@@ -3,13 +3,14 @@
 use std::io;
 
 use torus_pjrt::Buffer;
-use torus_weights::{AlignedBytes, PlannedWeight, SinkError, WeightSink};
+use torus_weights::{AlignedBytes, CacheEntry, PlannedWeight, SinkError, WeightSink};
 
 use crate::{
     device::Target,
     handle::Shared,
     load::StartError,
     program::{Place, WeightMap},
+    weight_cache::{Keeping, SharedBytes},
 };
 
 pub(crate) struct DeviceSink<'a> {
@@ -38,15 +39,27 @@ impl<'a> DeviceSink<'a> {
         Ok(Self { target, shared, map, buffers: Vec::new(), arena, vectors: Vec::new(), reserved: 0, put: 0 })
     }
 
-    /// The arguments of the map, in order.
-    pub fn finish(mut self) -> Result<Vec<Buffer>, StartError> {
-        let Some((_, filled)) = self.arena else { return Ok(self.buffers) };
-        if let [arena, vectors] = self.map.arguments() {
-            self.buffers.push(self.target.give(filled, arena)?);
-            self.buffers.push(self.target.upload(&self.vectors, vectors)?);
-        }
-        Ok(self.buffers)
+    /// The arguments of the map, in order. Those that were packed are kept in `entry` from then on.
+    pub fn finish(mut self, entry: Option<CacheEntry>) -> Result<(Vec<Buffer>, Option<Keeping>), StartError> {
+        let Some((_, filled)) = self.arena else { return Ok((self.buffers, None)) };
+        let filled = SharedBytes::new(filled);
+        self.buffers.extend(arguments(self.target, self.map, filled.clone(), &self.vectors)?);
+        Ok((self.buffers, entry.map(|entry| Keeping::start(entry, filled, self.vectors))))
     }
+}
+
+/// The arguments that hold packed matrices and vectors.
+pub(crate) fn arguments<B>(
+    target: &Target,
+    map: &WeightMap,
+    matrices: B,
+    vectors: &[u8],
+) -> Result<Vec<Buffer>, StartError>
+where
+    B: AsRef<[u8]> + Send + 'static,
+{
+    let [arena, vector_argument] = map.arguments() else { return Ok(Vec::new()) };
+    Ok(vec![target.give(matrices, arena)?, target.upload(vectors, vector_argument)?])
 }
 
 fn no_memory(bytes: usize, source: io::Error) -> StartError {

@@ -1,12 +1,13 @@
 //! Memory that a device can take over as it is.
 
 use std::{
+    fs::File,
     io,
     ops::{Deref, DerefMut},
     sync::Arc,
 };
 
-use memmap2::{MmapMut, MmapRaw};
+use memmap2::{MmapMut, MmapOptions, MmapRaw};
 
 /// Bytes that start at a multiple of 64 (whole pages from the system, given back when dropped).
 ///
@@ -30,6 +31,22 @@ impl AlignedBytes {
         // system that has no large ones says so, which changes nothing else.
         #[cfg(target_os = "linux")]
         let _ = pages.advise(memmap2::Advice::HugePage);
+        Ok(Self { pages: Arc::new(pages.into()), offset: 0, len })
+    }
+
+    /// The bytes of a file from `offset` on, which is a multiple of the system's page. They stay in the file's pages, shared
+    /// with whoever else maps them; what is written here is seen here only.
+    ///
+    /// As with every mapped file: whoever truncates it ends the process when the lost part is read.
+    pub(crate) fn mapped(file: &File, offset: u64, len: usize) -> io::Result<Self> {
+        let mut options = MmapOptions::new();
+        options.offset(offset).len(len.max(1));
+        // SAFETY: the mapping is private, so that writing to it changes no file. Another process that changes the file
+        // meanwhile changes numbers that may take any value.
+        let pages = unsafe { options.map_copy(file) }?;
+        // The whole file is needed soon. That the system cannot be told costs nothing else.
+        #[cfg(target_os = "linux")]
+        let _ = pages.advise(memmap2::Advice::WillNeed);
         Ok(Self { pages: Arc::new(pages.into()), offset: 0, len })
     }
 
@@ -59,10 +76,22 @@ impl Deref for AlignedBytes {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        // SAFETY: `offset..offset + len` lies inside the mapping (`zeroed` covers it all, `split_off` only divides,
+        // SAFETY: `offset..offset + len` lies inside the mapping (`zeroed` and `mapped` cover it all, `split_off` only divides,
         // `unsplit` only joins neighbours), which lives as long as `pages`. No other part overlaps it, so whoever
         // writes these bytes holds `&mut self`.
         unsafe { std::slice::from_raw_parts(self.pages.as_ptr().add(self.offset), self.len) }
+    }
+}
+
+impl AsRef<[u8]> for AlignedBytes {
+    fn as_ref(&self) -> &[u8] {
+        self
+    }
+}
+
+impl AsMut<[u8]> for AlignedBytes {
+    fn as_mut(&mut self) -> &mut [u8] {
+        self
     }
 }
 

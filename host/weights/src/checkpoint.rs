@@ -97,6 +97,10 @@ impl Checkpoint {
         matches!(self.kind, Kind::Gguf(_))
     }
 
+    pub(crate) fn files(&self) -> &[MappedFile] {
+        &self.files
+    }
+
     /// By the name that the checkpoint uses.
     pub fn tensors(&self) -> &BTreeMap<String, TensorEntry> {
         &self.tensors

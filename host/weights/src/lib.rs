@@ -6,6 +6,7 @@
 //! - [`LoadPlan`] holds a model's [`WeightSpec`](torus_abi::model::WeightSpec)s against the checkpoint. It finds everything
 //!   that is missing, left over or misshapen before a byte is read.
 //! - [`LoadPlan::run`] assembles the weights and hands each to a [`WeightSink`].
+//! - [`CacheEntry`] keeps what was packed for a CPU on disk, and maps it the next time.
 //!
 //! Not here: which tensors a model has and how a GGUF file names them (model plugins say so), tokenizers (this crate
 //! only hands out their metadata), how matrices are packed for a CPU (`torus-cpu`), and devices (a sink is the engine's).
@@ -33,6 +34,7 @@ mod load;
 mod mapped;
 mod model_path;
 mod pack;
+mod packed_cache;
 mod plan;
 mod progress;
 mod quant;
@@ -50,6 +52,7 @@ pub use gguf::{GgufArray, GgufMetadata, GgufTokenizerParts, GgufValue};
 pub use hub::HubOptions;
 pub use load::{LoadReport, SinkError, WEIGHTS_IN_FLIGHT, WeightSink};
 pub use model_path::{ModelPath, ResolvedModel};
+pub use packed_cache::{CacheEntry, PackedWeights};
 pub use plan::{LoadPlan, PlannedStorage, PlannedWeight};
 pub use progress::{ConsoleProgress, NoProgress, Progress};
 pub use storage::{StorageDType, StorageType, Target};

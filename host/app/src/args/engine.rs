@@ -5,8 +5,8 @@ use std::{path::PathBuf, time::Duration};
 use super::{
     models::{ModelSpec, model_spec},
     values::{
-        ChunkSize, Device, Dtype, KvCacheDtype, Policy, Quantization, Switch, chunk_size, factor, fraction, positive,
-        seconds,
+        ChunkSize, Device, Dtype, KvCacheDtype, Policy, Quantization, Switch, WeightCacheFrom, chunk_size, factor,
+        fraction, gib_or_off, positive, seconds,
     },
 };
 
@@ -77,6 +77,10 @@ pub struct DeviceArgs {
     /// Folder for compiled programs, PJRT plugins and copies of plugins [default: 'torus' in the user's cache folder]
     #[arg(long, value_name = "FOLDER", env = "TORUS_CACHE", hide_env_values = true)]
     pub cache_dir: Option<PathBuf>,
+    /// GiB of weights from which on a model's matrices, packed for the CPU's kernels, are kept in the cache folder and mapped
+    /// at the next start; 'off' keeps none
+    #[arg(long, value_name = "GIB", default_value = "1", value_parser = gib_or_off)]
+    pub weight_cache_from: WeightCacheFrom,
     /// Threads that compute on a CPU [default: as CPU affinity and the cgroup allow]
     #[arg(long, value_name = "N", value_parser = positive)]
     pub threads: Option<usize>,

@@ -122,6 +122,30 @@ pub fn chunk_size(text: &str) -> Result<ChunkSize, String> {
     }
 }
 
+/// `--weight-cache-from`: the least size, or never.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum WeightCacheFrom {
+    Gib(f64),
+    Off,
+}
+
+impl WeightCacheFrom {
+    pub fn bytes(self) -> Option<u64> {
+        match self {
+            WeightCacheFrom::Gib(gib) => Some((gib * f64::from(1 << 30)) as u64),
+            WeightCacheFrom::Off => None,
+        }
+    }
+}
+
+pub fn gib_or_off(text: &str) -> Result<WeightCacheFrom, String> {
+    if text == "off" {
+        return Ok(WeightCacheFrom::Off);
+    }
+    let gib = text.parse::<f64>().ok().filter(|gib| *gib >= 0.0 && gib.is_finite());
+    gib.map(WeightCacheFrom::Gib).ok_or_else(|| "must be a number of GiB, 0 or above, or 'off'".to_owned())
+}
+
 /// A share of a whole.
 pub fn fraction(text: &str) -> Result<f64, String> {
     let value = text.parse::<f64>().ok().filter(|value| *value > 0.0 && *value < 1.0);

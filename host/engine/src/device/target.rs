@@ -1,16 +1,15 @@
 //! The device: opened once, shared by all engines of a process.
 
 use std::{
-    fmt, fs,
-    io::{self, Read},
+    fmt,
     path::Path,
     sync::{Arc, Mutex, OnceLock},
 };
 
-use sha2::{Digest, Sha256};
 use torus_abi::{DType, TensorType};
 use torus_pjrt::{Buffer, Client, Device as PjrtDevice, ElementType, OptionValue, PjrtError, Plugin as PjrtPlugin};
 
+use super::hash::file_hash;
 use crate::{
     StartError,
     config::{DeviceConfig, Platform},
@@ -60,13 +59,23 @@ impl Device {
         Ok(opened.insert(Target { plugin, client, device }).clone())
     }
 
-    /// The hash of the PJRT plugin's file, which decides the machine code.
-    pub(crate) fn plugin_sha256(&self) -> Result<[u8; 32], StartError> {
+    /// Opens the device on a thread of its own, so that it is there when an engine needs it: that takes a good part of a
+    /// start, and on one core only. Whatever goes wrong is reported by the engine, which tries again.
+    pub fn prepare(&self) {
+        let device = self.clone();
+        let open = move || drop(device.open());
+        if let Err(error) = std::thread::Builder::new().name("device".to_owned()).spawn(open) {
+            tracing::debug!(%error, "the device is opened when it is needed");
+        }
+    }
+
+    /// The hash of the PJRT plugin's file, which decides the machine code; remembered in the folder `notes`.
+    pub(crate) fn plugin_sha256(&self, notes: Option<&Path>) -> Result<[u8; 32], StartError> {
         if let Some(hash) = self.0.sha256.get() {
             return Ok(*hash);
         }
         let path = &self.0.config.pjrt_plugin;
-        let hash = file_hash(path).map_err(|source| StartError::Unreadable { path: path.clone(), source })?;
+        let hash = file_hash(path, notes).map_err(|source| StartError::Unreadable { path: path.clone(), source })?;
         Ok(*self.0.sha256.get_or_init(|| hash))
     }
 }
@@ -74,18 +83,6 @@ impl Device {
 impl fmt::Debug for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("Device").field(&self.0.config).finish()
-    }
-}
-
-fn file_hash(path: &Path) -> io::Result<[u8; 32]> {
-    const CHUNK_BYTES: usize = 1 << 20;
-    let (mut file, mut hash) = (fs::File::open(path)?, Sha256::new());
-    let mut chunk = vec![0; CHUNK_BYTES];
-    loop {
-        match file.read(&mut chunk)? {
-            0 => return Ok(hash.finalize().into()),
-            bytes => hash.update(&chunk[..bytes]),
-        }
     }
 }
 
@@ -110,9 +107,12 @@ impl Target {
     }
 
     /// Hands memory over; a device that shares the host's takes it without a copy.
-    pub fn give(&self, bytes: torus_weights::AlignedBytes, tensor: &TensorType) -> Result<Buffer, PjrtError> {
+    pub fn give<B>(&self, bytes: B, tensor: &TensorType) -> Result<Buffer, PjrtError>
+    where
+        B: AsRef<[u8]> + Send + 'static,
+    {
         let dims: Vec<i64> = tensor.dims.iter().map(|dim| *dim as i64).collect();
-        self.client.buffer_from_owned(Owned(bytes), element(tensor.dtype), &dims, &self.device)
+        self.client.buffer_from_owned(bytes, element(tensor.dtype), &dims, &self.device)
     }
 
     /// Zeros in memory that programs update in place. On a device that shares the host's memory, the system clears a page
@@ -122,27 +122,12 @@ impl Target {
         let memory = torus_weights::AlignedBytes::zeroed(bytes)
             .map_err(|error| PjrtError::Invalid(format!("{bytes} bytes cannot be had: {error}")))?;
         let dims: Vec<i64> = tensor.dims.iter().map(|dim| *dim as i64).collect();
-        self.client.buffer_from_owned_mut(Owned(memory), element(tensor.dtype), &dims, &self.device)
+        self.client.buffer_from_owned_mut(memory, element(tensor.dtype), &dims, &self.device)
     }
 
     pub fn upload_words(&self, words: &[i32], dtype: DType, dims: &[u64]) -> Result<Buffer, PjrtError> {
         let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
         self.upload(&bytes, &TensorType::new(dtype, dims))
-    }
-}
-
-/// Memory of `torus-weights` that a device keeps.
-struct Owned(torus_weights::AlignedBytes);
-
-impl AsMut<[u8]> for Owned {
-    fn as_mut(&mut self) -> &mut [u8] {
-        &mut self.0
-    }
-}
-
-impl AsRef<[u8]> for Owned {
-    fn as_ref(&self) -> &[u8] {
-        &self.0
     }
 }
 

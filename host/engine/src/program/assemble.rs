@@ -80,6 +80,13 @@ pub(crate) struct RowArrays {
     pub allowed: TensorType,
 }
 
+impl Arguments {
+    /// The large arrays that a program makes or updates: those of many words for each slot, then the pools.
+    pub fn large(&self) -> impl Iterator<Item = &TensorType> {
+        [&self.rows.token_counts, &self.rows.bias].into_iter().chain(&self.pools)
+    }
+}
+
 impl Assembler {
     /// The pool of a layer and the context, per kind, for a shape.
     fn answers(&self, shape: StepShape) -> Result<Vec<(AttentionQuery, AttentionAnswer)>, AssembleError> {

@@ -15,15 +15,18 @@ pub(crate) const LOAD_ENTRIES: usize = 512;
 
 const ENTRIES: Axis = Axis("entries");
 
-/// `() -> (pools…?, last_tokens, page_table, token_counts, bias, allowed)`: all zero, and everything allowed.
-pub(crate) fn initial_state(arguments: &Arguments, with_pools: bool) -> Result<String, AssembleError> {
-    let (rows, pools) = (&arguments.rows, if with_pools { &arguments.pools[..] } else { &[] });
-    let zeroed = [&rows.last_tokens, &rows.page_table, &rows.token_counts, &rows.bias];
+/// `() -> (last_tokens, page_table, allowed, (token_counts, bias, pools…)?)`: all zero, and everything allowed. The large
+/// ones are left out where the host has cheaper zeros ([`crate::device::Target::zeros`]).
+pub(crate) fn initial_state(arguments: &Arguments, with_large: bool) -> Result<String, AssembleError> {
+    let rows = &arguments.rows;
     module("initial_state", |builder| {
         builder.main(|f| {
-            let tensors = pools.iter().chain(zeroed);
-            let mut results: Vec<Value<'_>> = tensors.map(|tensor| f.zeros(Shape::opaque(tensor))).collect();
+            let zeros = |tensor: &TensorType| f.zeros(Shape::opaque(tensor));
+            let mut results: Vec<Value<'_>> = [&rows.last_tokens, &rows.page_table].map(zeros).into();
             results.push(f.full(Shape::opaque(&rows.allowed), u32::MAX));
+            if with_large {
+                results.extend(arguments.large().map(zeros));
+            }
             results
         });
     })
