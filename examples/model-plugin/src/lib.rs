@@ -10,7 +10,8 @@ mod tests;
 mod weights;
 
 use torus_plugin::{
-    AttentionSpec, EmitModel, Fault, GgufAnswer, GgufQuery, Model, ModelDescription, ModelOptions, Package, StateKind,
+    AttentionSpec, EmitModel, Fault, GgufAnswer, GgufQuery, Model, ModelDescription, ModelOptions, Package, Parallel,
+    StateKind,
 };
 
 use crate::config::Config;
@@ -58,6 +59,7 @@ impl Model for GraniteModel {
             layers: vec![0; config.layers],
             weights: weights::weights(config),
             ignored_tensors: weights::ignored(config),
+            parallel: Parallel::default(),
         }
     }
 

@@ -51,7 +51,7 @@ fn norm(name: &str, tensor: &str, size: u64) -> WeightSpec {
 }
 
 fn source(tensor: &str, shape: Vec<u64>) -> WeightSource {
-    WeightSource { tensor: format!("{tensor}.weight"), shape, transforms: vec![] }
+    WeightSource::new(format!("{tensor}.weight"), shape)
 }
 
 fn of_layer(index: usize, mut spec: WeightSpec) -> WeightSpec {

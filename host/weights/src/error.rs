@@ -57,6 +57,9 @@ pub enum WeightsError {
     )]
     HubUnreachable { endpoint: String, reason: String },
 
+    #[error("the weight '{weight}' cannot be shared out: {reason}")]
+    Split { weight: String, reason: String },
+
     #[error("{endpoint} failed to serve '{repo}': {reason}. Try again; files already complete are kept")]
     HubFailed { endpoint: String, repo: String, reason: String },
 
@@ -111,6 +114,11 @@ pub enum Problem {
         declared: Vec<u64>,
         assembled: Vec<Vec<u64>>,
     },
+    /// A weight that cannot be shared out over the devices.
+    Split {
+        weight: String,
+        reason: String,
+    },
     DuplicateWeight {
         weight: String,
     },
@@ -137,6 +145,7 @@ impl fmt::Display for Problem {
             Self::Assembly { weight, declared, assembled } => {
                 write!(f, "the model plugin declares {weight} as {declared:?}, but its sources are {assembled:?}")
             }
+            Self::Split { weight, reason } => write!(f, "{weight} cannot be shared out: {reason}"),
             Self::DuplicateWeight { weight } => write!(f, "the model plugin declares {weight} twice"),
         }
     }

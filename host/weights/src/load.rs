@@ -109,11 +109,12 @@ fn assemble(
 ) -> Result<AlignedBytes, WeightsError> {
     let views = weight.sources.iter().map(|source| {
         let view = TensorView::new(&source.entry.shape, source.entry.storage, checkpoint.bytes(&source.entry));
-        source.transforms.iter().try_fold(view, TensorView::apply).map_err(|reason| {
+        let view = source.transforms.iter().try_fold(view, TensorView::apply).map_err(|reason| {
             // The plan tried the transforms on the shapes already.
             let reason = format!("{}: {reason}", source.tensor);
             WeightsError::Unsupported { path: checkpoint.path().to_owned(), reason }
-        })
+        })?;
+        Ok::<_, WeightsError>(view.cut(&source.slice))
     });
     match &weight.storage {
         PlannedStorage::Dense(dtype) => {

@@ -5,7 +5,8 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use torus_abi::{
     DType, TensorType,
-    model::{GgufAnswer, ModelDescription, Transform, WeightSource, WeightSpec},
+    model::{GgufAnswer, ModelDescription, Parallel, Transform, WeightSource, WeightSpec},
+    shard::{Shard, Slice},
 };
 
 use torus_cpu::{
@@ -13,7 +14,7 @@ use torus_cpu::{
     packed::{Format, Layout, SEGMENTS_MAX, Segment},
 };
 
-use crate::{Checkpoint, Problem, StorageDType, StorageType, Target, TensorEntry, WeightsError, view::shape_after};
+use crate::{Checkpoint, Problem, StorageDType, StorageType, Target, TensorEntry, WeightsError};
 
 /// How each weight of a model is made of a checkpoint's tensors.
 #[derive(Debug)]
@@ -47,13 +48,17 @@ pub(crate) struct PlannedSource {
     pub tensor: String,
     pub entry: TensorEntry,
     pub transforms: Vec<Transform>,
+    /// What of it, after the transforms, this device holds.
+    pub slice: Slice,
 }
 
 impl PlannedWeight {
-    /// A weight of which only the shape is known: what a checkpoint of floating-point numbers would make of it.
-    pub fn of_shape(spec: &WeightSpec, dtype: StorageDType) -> Self {
-        let storage = PlannedStorage::Dense(dtype);
-        Self { name: spec.name.clone(), shape: spec.shape.clone(), storage, sources: Vec::new() }
+    /// A weight of which only the shape is known: what a checkpoint of floating-point numbers would make of it on each of the
+    /// devices.
+    pub fn of_shape(spec: &WeightSpec, dtype: StorageDType, parallel: Parallel) -> Result<Self, WeightsError> {
+        let shape =
+            spec.shard_shape(parallel).map_err(|reason| WeightsError::Split { weight: spec.name.clone(), reason })?;
+        Ok(Self { name: spec.name.clone(), shape, storage: PlannedStorage::Dense(dtype), sources: Vec::new() })
     }
 
     /// The tensor it is once loaded; a packed matrix is bytes.
@@ -79,21 +84,32 @@ impl PlannedWeight {
 }
 
 impl<'a> LoadPlan<'a> {
-    /// `gguf` is what the model's plugin answered, if the checkpoint is a GGUF file; `target` decides what each weight
-    /// becomes.
-    ///
-    /// Tensors that are missing, unknown to the model (and not ignored by it), misshapen or unreadable are all named in
-    /// one [`WeightsError::Mismatch`].
+    /// [`LoadPlan::for_shard`] of a model on one device.
     pub fn new<T: Into<Target>>(
         checkpoint: &'a Checkpoint,
         description: &ModelDescription,
         gguf: Option<&GgufAnswer>,
         target: impl Fn(&WeightSpec) -> T,
     ) -> Result<Self, WeightsError> {
+        Self::for_shard(checkpoint, description, gguf, target, Shard::WHOLE)
+    }
+
+    /// The weights that one of the devices holds which share a model. `gguf` is what the model's plugin answered, if the
+    /// checkpoint is a GGUF file; `target` decides what each weight becomes.
+    ///
+    /// Tensors that are missing, unknown to the model (and not ignored by it), misshapen or unreadable are all named in
+    /// one [`WeightsError::Mismatch`].
+    pub fn for_shard<T: Into<Target>>(
+        checkpoint: &'a Checkpoint,
+        description: &ModelDescription,
+        gguf: Option<&GgufAnswer>,
+        target: impl Fn(&WeightSpec) -> T,
+        shard: Shard,
+    ) -> Result<Self, WeightsError> {
         if checkpoint.is_gguf() && gguf.is_none() {
             return Err(WeightsError::NoGgufReading { path: checkpoint.path().to_owned() });
         }
-        let mut planner = Planner { checkpoint, gguf, taken: BTreeSet::new(), problems: Vec::new() };
+        let mut planner = Planner { checkpoint, gguf, shard, taken: BTreeSet::new(), problems: Vec::new() };
         let mut names = HashSet::new();
         let mut weights = Vec::with_capacity(description.weights.len());
         for spec in &description.weights {
@@ -139,6 +155,7 @@ impl<'a> LoadPlan<'a> {
 struct Planner<'a, 'd> {
     checkpoint: &'a Checkpoint,
     gguf: Option<&'d GgufAnswer>,
+    shard: Shard,
     /// Tensors of the checkpoint that some weight is made of.
     taken: BTreeSet<&'a str>,
     problems: Vec<Problem>,
@@ -155,7 +172,8 @@ impl<'a> Planner<'a, '_> {
             self.problems.push(Problem::Assembly { weight, declared, assembled: shapes });
             return None;
         }
-        let sources: Vec<_> = sources.into_iter().map(|(source, _)| source).collect();
+        let (sources, shapes) = self.cut(spec, sources)?;
+        let shape = concatenated(&shapes)?;
         let storage = match target {
             Target::Dense(dtype) => PlannedStorage::Dense(dtype),
             Target::Packed { floats, keep_quantized } => {
@@ -170,7 +188,30 @@ impl<'a> Planner<'a, '_> {
                 }
             }
         };
-        Some(PlannedWeight { name: spec.name.clone(), shape: spec.shape.clone(), storage, sources })
+        Some(PlannedWeight { name: spec.name.clone(), shape, storage, sources })
+    }
+
+    /// What this device holds of each source, and the shapes of that.
+    fn cut(
+        &mut self,
+        spec: &WeightSpec,
+        sources: Vec<(PlannedSource, Vec<u64>)>,
+    ) -> Option<(Vec<PlannedSource>, Vec<Vec<u64>>)> {
+        let (mut parts, mut shapes) = (Vec::new(), Vec::new());
+        for ((mut planned, shape), source) in sources.into_iter().zip(&spec.sources) {
+            match spec.slice(source, &shape, self.shard) {
+                Ok(slice) => {
+                    shapes.push(slice.shape(&shape));
+                    planned.slice = slice;
+                    parts.push(planned);
+                }
+                Err(reason) => {
+                    self.problems.push(Problem::Split { weight: spec.name.clone(), reason });
+                    return None;
+                }
+            }
+        }
+        Some((parts, shapes))
     }
 
     /// The tensor, everything to be done to it, and the shape it then has.
@@ -196,7 +237,9 @@ impl<'a> Planner<'a, '_> {
             }
             Ok(shape) => {
                 let transforms = [own_transforms, &source.transforms].concat();
-                return Some((PlannedSource { tensor: name.to_owned(), entry: entry.clone(), transforms }, shape));
+                let (tensor, entry) = (name.to_owned(), entry.clone());
+                let slice = Slice { rows: 0..shape.first().copied().unwrap_or(1), columns: None, padding: 0 };
+                return Some((PlannedSource { tensor, entry, transforms, slice }, shape));
             }
             Err(problem) => problem,
         };
@@ -207,7 +250,7 @@ impl<'a> Planner<'a, '_> {
     /// The shape after all transforms. In between, what the file's own leave must be what the model expects.
     fn shapes(&self, entry: &TensorEntry, own: &[Transform], source: &WeightSource) -> Result<Vec<u64>, Problem> {
         let impossible = |reason| Problem::Transform { tensor: source.tensor.clone(), reason };
-        let apply = |shape: Vec<u64>, transform: &Transform| shape_after(&shape, transform);
+        let apply = |shape: Vec<u64>, transform: &Transform| transform.shape_after(&shape);
         if entry.shape.contains(&0) {
             return Err(impossible(format!("it is empty: {:?}", entry.shape)));
         }
@@ -246,7 +289,8 @@ fn packed_layout(
 ) -> Result<Layout, PackError> {
     let columns = parts.first().map_or(0, |(_, shape)| shape.iter().skip(1).product::<u64>() as usize);
     let format = |source: &PlannedSource| {
-        let is_plain = !source.transforms.iter().any(Transform::changes_elements);
+        let is_cut = source.slice.columns.is_some() || source.slice.padding > 0;
+        let is_plain = !is_cut && !source.transforms.iter().any(Transform::changes_elements);
         let kept = source.entry.storage.packed_as().filter(|_| keep_quantized && is_plain);
         kept.map_or(floats, |(format, _)| format)
     };

@@ -121,7 +121,7 @@ pub(crate) fn counting(len: usize) -> Vec<f32> {
 }
 
 pub(crate) fn source(tensor: &str, shape: &[u64], transforms: &[Transform]) -> WeightSource {
-    WeightSource { tensor: tensor.to_owned(), shape: shape.to_vec(), transforms: transforms.to_vec() }
+    WeightSource { tensor: tensor.to_owned(), shape: shape.to_vec(), transforms: transforms.to_vec(), units: None }
 }
 
 pub(crate) fn weight(name: &str, shape: &[u64], sources: Vec<WeightSource>) -> WeightSpec {
@@ -130,6 +130,7 @@ pub(crate) fn weight(name: &str, shape: &[u64], sources: Vec<WeightSource>) -> W
 
 pub(crate) fn description(weights: Vec<WeightSpec>, ignored: &[&str]) -> ModelDescription {
     ModelDescription {
+        parallel: Default::default(),
         architecture: "TestForCausalLM".to_owned(),
         hidden: 4,
         vocab: 8,

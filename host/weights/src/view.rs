@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use rayon::prelude::*;
-use torus_abi::model::Transform;
+use torus_abi::{model::Transform, shard::Slice};
 use torus_cpu::packed::{Format, SourceType};
 
 use crate::{StorageDType, StorageType, elements, quant};
@@ -15,30 +15,6 @@ const TASK: usize = 32 * PIECE;
 /// Columns that one task transposes; a whole number of blocks too.
 const BAND: usize = 256;
 
-/// The shape that a transform leaves, or why it cannot be applied.
-pub(crate) fn shape_after(shape: &[u64], transform: &Transform) -> Result<Vec<u64>, String> {
-    let rows = || shape.first().copied().ok_or_else(|| format!("{transform:?} needs rows, not a scalar"));
-    match transform {
-        Transform::Transpose => match shape {
-            [rows, columns] => Ok(vec![*columns, *rows]),
-            _ => Err(format!("Transpose needs a matrix, not {shape:?}")),
-        },
-        Transform::Rows { start, len } => match start.checked_add(*len) {
-            Some(end) if end <= rows()? => Ok([&[*len], &shape[1..]].concat()),
-            _ => Err(format!("rows {start} to {start} + {len} of {shape:?}")),
-        },
-        Transform::PermuteRopeRows { heads } => {
-            let is_even = |rows: u64| rows.checked_rem(*heads) == Some(0) && (rows / heads).is_multiple_of(2);
-            match rows()? {
-                rows if is_even(rows) => Ok(shape.to_vec()),
-                rows => Err(format!("{rows} rows are no {heads} heads of an even size")),
-            }
-        }
-        Transform::AddConstant(constant) if constant.is_finite() => Ok(shape.to_vec()),
-        Transform::AddConstant(constant) => Err(format!("AddConstant({constant})")),
-    }
-}
-
 /// A tensor with transforms. Rows are slices along the first axis.
 pub(crate) struct TensorView<'a> {
     shape: Vec<u64>,
@@ -47,6 +23,10 @@ pub(crate) struct TensorView<'a> {
     rows: RowOrder,
     /// Added to each element, one after the other.
     added: Vec<f32>,
+    /// The elements of each row that the view has; `None` = all.
+    columns: Option<Range<usize>>,
+    /// Rows of zeros that follow.
+    padding: usize,
 }
 
 enum Elements<'a> {
@@ -96,12 +76,19 @@ impl<'a> TensorView<'a> {
     /// `bytes` holds a tensor of this shape.
     pub fn new(shape: &[u64], storage: StorageType, bytes: &'a [u8]) -> Self {
         let rows = RowOrder::Span(0..shape.first().map_or(1, |rows| *rows as usize));
-        Self { shape: shape.to_vec(), elements: Elements::Stored(storage, bytes), rows, added: Vec::new() }
+        Self {
+            shape: shape.to_vec(),
+            elements: Elements::Stored(storage, bytes),
+            rows,
+            added: Vec::new(),
+            columns: None,
+            padding: 0,
+        }
     }
 
     /// [`Transform::Transpose`] decodes the whole tensor into f32; the others cost nothing yet.
     pub fn apply(mut self, transform: &Transform) -> Result<Self, String> {
-        let shape = shape_after(&self.shape, transform)?;
+        let shape = transform.shape_after(&self.shape)?;
         match transform {
             Transform::Transpose => {
                 self = Self {
@@ -109,6 +96,8 @@ impl<'a> TensorView<'a> {
                     rows: RowOrder::Span(0..shape[0] as usize),
                     shape: Vec::new(),
                     added: Vec::new(),
+                    columns: None,
+                    padding: 0,
                 }
             }
             Transform::Rows { start, len } => self.rows = self.rows.slice(*start as usize, *len as usize),
@@ -118,15 +107,26 @@ impl<'a> TensorView<'a> {
         Ok(Self { shape, ..self })
     }
 
+    /// The part that a device holds. It comes after all transforms.
+    pub fn cut(mut self, slice: &Slice) -> Self {
+        let range = |range: &Range<u64>| range.start as usize..range.end as usize;
+        let rows = range(&slice.rows);
+        self.rows = self.rows.slice(rows.start, rows.len());
+        self.columns = slice.columns.as_ref().map(range);
+        self.padding = slice.padding as usize;
+        self
+    }
+
     pub fn rows(&self) -> usize {
-        self.rows.len()
+        self.rows.len() + self.padding
     }
 
     /// What the packer calls its bytes, if a matrix of that format holds them as they are.
     pub fn kept_as(&self, format: Format) -> Option<SourceType> {
         let Elements::Stored(storage, _) = &self.elements else { return None };
         let (packed, source) = storage.packed_as()?;
-        (packed == format && self.added.is_empty()).then_some(source)
+        let is_whole = self.columns.is_none() && self.padding == 0;
+        (packed == format && self.added.is_empty() && is_whole).then_some(source)
     }
 
     /// The blocks of a row of a view that has them ([`Self::kept_as`]).
@@ -139,15 +139,39 @@ impl<'a> TensorView<'a> {
 
     /// The elements of a row that starts at a block border, as bytes of f32.
     pub fn row_f32(&self, row: usize) -> Vec<u8> {
-        let mut values = vec![0.0; self.row_elements()];
-        self.read(self.rows.get(row) * values.len(), &mut values);
+        let values = self.row_values(row);
         let mut bytes = vec![0; values.len() * StorageDType::F32.bytes()];
         elements::write(&values, StorageDType::F32, &mut bytes);
         bytes
     }
 
     pub fn elements(&self) -> usize {
-        self.rows.len() * self.row_elements()
+        self.rows() * self.row_width()
+    }
+
+    /// The elements of a row, of the padding too.
+    fn row_values(&self, row: usize) -> Vec<f32> {
+        if row >= self.rows.len() {
+            return vec![0.0; self.row_width()];
+        }
+        let (whole, block) = (self.row_elements(), self.block_elements());
+        let first = self.rows.get(row) * whole;
+        let columns = self.columns.clone().unwrap_or(0..whole);
+        let mut values = vec![0.0; whole];
+        if columns.start.is_multiple_of(block) && columns.end.is_multiple_of(block) {
+            values.truncate(columns.len());
+            self.read(first + columns.start, &mut values);
+            return values;
+        }
+        self.read(first, &mut values);
+        values[columns].to_vec()
+    }
+
+    fn block_elements(&self) -> usize {
+        match &self.elements {
+            Elements::Stored(storage, _) => storage.block().elements as usize,
+            Elements::Decoded(_) => 1,
+        }
     }
 
     /// Casts all elements and writes them to `out`, which has room for exactly them.
@@ -158,6 +182,13 @@ impl<'a> TensorView<'a> {
         }
         let view = self.block_aligned();
         let row_elements = view.row_elements();
+        let row_bytes = view.row_width() * dtype.bytes();
+        let (out, padding) = out.split_at_mut(view.rows.len() * row_bytes);
+        padding.fill(0);
+        if view.columns.is_some() {
+            let rows_out = out.par_chunks_mut(row_bytes).enumerate().with_min_len(TASK.div_ceil(row_elements));
+            return rows_out.for_each(|(row, out)| elements::write(&view.row_values(row), dtype, out));
+        }
         match &view.rows {
             RowOrder::Span(span) => {
                 let first = span.start * row_elements;
@@ -172,6 +203,12 @@ impl<'a> TensorView<'a> {
         }
     }
 
+    /// Elements of a row that the view has.
+    fn row_width(&self) -> usize {
+        self.columns.as_ref().map_or_else(|| self.row_elements(), Range::len)
+    }
+
+    /// Elements of a row of the source.
     fn row_elements(&self) -> usize {
         self.shape.iter().skip(1).product::<u64>() as usize
     }

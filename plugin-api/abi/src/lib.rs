@@ -28,6 +28,7 @@ pub mod model;
 #[cfg(target_pointer_width = "64")]
 mod released;
 pub mod root;
+pub mod shard;
 pub mod speculative;
 pub mod step;
 pub mod table;

@@ -20,7 +20,7 @@ pub struct ModelOptions {
 }
 
 /// Over how many devices the program is split.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Parallel {
     pub tensor: u32,
 }
@@ -51,6 +51,11 @@ pub struct ModelDescription {
     /// matches any ending. Others that no weight takes are an error.
     #[serde(default)]
     pub ignored_tensors: Vec<String>,
+    /// Over how many devices the plugin has split it: what it was opened with ([`ModelOptions::parallel`]), or one if it
+    /// does not split models. Attention is that of one shard; weights are described whole, and the host cuts them
+    /// ([`crate::shard`]).
+    #[serde(default)]
+    pub parallel: Parallel,
 }
 
 /// What a layer keeps between steps. Per-sequence slots (recurrent state) and latent caches come as new variants.
@@ -111,6 +116,14 @@ impl WeightSpec {
         }
     }
 
+    /// With the [units](WeightSource::units) of each of its sources.
+    pub fn in_units(mut self, units: &[u64]) -> Self {
+        for (source, units) in self.sources.iter_mut().zip(units) {
+            source.units = Some(*units);
+        }
+        self
+    }
+
     /// The embedding `[vocab, hidden]` in one tensor; `tied` if the output projection is the same.
     pub fn embedding(name: impl Into<String>, tensor: impl Into<String>, shape: [u64; 2], tied: bool) -> Self {
         let role = if tied { WeightRole::EmbedAndHead } else { WeightRole::Embed };
@@ -139,12 +152,16 @@ pub struct WeightSource {
     pub shape: Vec<u64>,
     #[serde(default)]
     pub transforms: Vec<Transform>,
+    /// Its rows, after the transforms, come in so many units (heads) that are not cut where devices share the model; of
+    /// fewer units than devices, each goes to several. `None` = rows are cut anywhere, and those of a vector not at all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub units: Option<u64>,
 }
 
 impl WeightSource {
     /// A tensor as it is.
     pub fn new(tensor: impl Into<String>, shape: impl Into<Vec<u64>>) -> Self {
-        Self { tensor: tensor.into(), shape: shape.into(), transforms: Vec::new() }
+        Self { tensor: tensor.into(), shape: shape.into(), transforms: Vec::new(), units: None }
     }
 }
 

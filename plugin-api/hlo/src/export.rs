@@ -6,7 +6,7 @@ use torus_abi::{
     DType,
     fault::Fault,
     fragment::{Operand, WeightHandle, WeightOperand},
-    model::{EmitModel, StateHandle, WeightSpec},
+    model::{EmitModel, Parallel, StateHandle, WeightSpec},
     step::{StepInput, StepShape},
 };
 
@@ -21,8 +21,18 @@ pub struct ModelWeights<'a> {
 }
 
 impl<'a> ModelWeights<'a> {
-    /// Checks that the request fits a model of these weights and of `kinds` kinds of layers.
+    /// Checks that the request fits a model of these weights and of `kinds` kinds of layers, on one device.
     pub fn new(request: &'a EmitModel, weights: Vec<WeightSpec>, kinds: usize) -> Result<Self, Fault> {
+        Self::sharded(request, weights, kinds, Parallel::default())
+    }
+
+    /// As [`ModelWeights::new`], for a shard: weights have the shapes that one of the devices holds.
+    pub fn sharded(
+        request: &'a EmitModel,
+        weights: Vec<WeightSpec>,
+        kinds: usize,
+        parallel: Parallel,
+    ) -> Result<Self, Fault> {
         if !matches!(request.dtype, DType::F32 | DType::Bf16) {
             return Err(Fault::unsupported(format!("activations of {} are not implemented", request.dtype)));
         }
@@ -32,7 +42,10 @@ impl<'a> ModelWeights<'a> {
             return Err(Fault::invalid(format!("the model has {kinds} kind{plural} of layers, the request {found}")));
         }
         let handle = |spec: WeightSpec| match request.weights.get(&spec.name) {
-            Some(handle) => Ok((spec.name, (handle, spec.shape))),
+            Some(handle) => match spec.shard_shape(parallel) {
+                Ok(shape) => Ok((spec.name, (handle, shape))),
+                Err(reason) => Err(Fault::unsupported(format!("'{}': {reason}", spec.name))),
+            },
             None => Err(Fault::invalid(format!("the request has no handle for the weight '{}'", spec.name))),
         };
         Ok(Self { weights: weights.into_iter().map(handle).collect::<Result<_, _>>()? })

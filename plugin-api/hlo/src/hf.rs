@@ -3,7 +3,12 @@
 
 use serde::de::DeserializeOwned;
 use serde_json::Value;
-use torus_abi::{DType, fault::Fault, fragment::Activation, model::ModelOptions};
+use torus_abi::{
+    DType,
+    fault::Fault,
+    fragment::Activation,
+    model::{ModelOptions, Parallel},
+};
 
 use crate::{
     Heads,
@@ -53,6 +58,29 @@ pub fn heads(q_heads: u64, kv_heads: Option<u64>, head_dim: Option<u64>, hidden:
         return invalid(format!("head_dim {head_dim} must be even and positive"));
     }
     Ok(Heads { q_heads, kv_heads, head_dim })
+}
+
+/// The heads of one of the devices that share a model. Keys' and values' go to several if there are fewer than devices.
+/// `split` are the other sizes that are cut, with the names of their fields.
+pub fn shard(parallel: Parallel, heads: Heads, split: &[(&str, u64)]) -> Result<Heads, Fault> {
+    let devices = u64::from(parallel.tensor);
+    let refused = |name: &str, size: u64| {
+        let fitting: Vec<_> = (1..=size.min(64)).filter(|n| size.is_multiple_of(*n)).map(|n| n.to_string()).collect();
+        let fitting = fitting.join(", ");
+        Err(unsupported(format!("{name} {size} does not divide over {devices} devices; give a --tp-size of {fitting}")))
+    };
+    if devices == 0 {
+        return Err(Fault::invalid("a model needs a device: --tp-size is 0"));
+    }
+    let Heads { q_heads, kv_heads, head_dim } = heads;
+    let uneven = |(_, size): &&(&str, u64)| !size.is_multiple_of(devices);
+    if let Some((name, size)) = [("num_attention_heads", q_heads)].iter().chain(split).find(uneven) {
+        return refused(name, *size);
+    }
+    if !kv_heads.is_multiple_of(devices) && !devices.is_multiple_of(kv_heads) {
+        return refused("num_key_value_heads", kv_heads);
+    }
+    Ok(Heads { q_heads: q_heads / devices, kv_heads: (kv_heads / devices).max(1), head_dim })
 }
 
 /// Rotary embeddings of whole heads. `parameters` is the object `rope_parameters`, or the older `rope_scaling`, which
@@ -135,6 +163,22 @@ mod tests {
         assert!(refused(json!({"full_attention": {"rope_theta": 1e6}})).contains("full_attention"));
         assert!(refused(json!({"partial_rotary_factor": 0.5})).contains("partial_rotary_factor"));
         assert!(refused(json!("yarn")).contains("rope_scaling"));
+    }
+
+    #[test]
+    fn heads_are_shared_out_or_the_numbers_are_named() {
+        let heads = Heads { q_heads: 12, kv_heads: 2, head_dim: 8 };
+        let shared = |tensor| shard(Parallel { tensor }, heads, &[("intermediate_size", 20)]);
+        let counts = |tensor| shared(tensor).map(|heads| (heads.q_heads, heads.kv_heads));
+        assert_eq!((counts(1), counts(2), counts(4)), (Ok((12, 2)), Ok((6, 1)), Ok((3, 1))));
+        let refused = |tensor| shared(tensor).unwrap_err().message;
+        let message =
+            "config.json: num_attention_heads 12 does not divide over 5 devices; give a --tp-size of 1, 2, 3, 4, 6, 12";
+        assert_eq!(refused(5), message);
+        assert!(refused(3).contains("intermediate_size 20 does not divide over 3 devices"), "{}", refused(3));
+        let odd = shard(Parallel { tensor: 3 }, heads, &[]).unwrap_err().message;
+        assert!(odd.contains("num_key_value_heads 2 does not divide over 3 devices"), "{odd}");
+        assert!(refused(0).contains("--tp-size"));
     }
 
     #[test]

@@ -108,12 +108,20 @@ pub struct AttentionBlock<'f> {
     pub norm_eps: f32,
 }
 
-/// Head counts of one shard.
+/// Head counts, of one shard where a graph is built.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Heads {
     pub q_heads: u64,
     pub kv_heads: u64,
     pub head_dim: u64,
+}
+
+impl Heads {
+    /// The units that the rows of queries, keys and values come in
+    /// ([`WeightSource::units`](torus_abi::model::WeightSource::units)).
+    pub fn units(&self) -> [u64; 3] {
+        [self.q_heads, self.kv_heads, self.kv_heads]
+    }
 }
 
 impl<'f> Func<'f> {

@@ -2,7 +2,12 @@
 
 use serde::Deserialize;
 use serde_json::Value;
-use torus_abi::{DType, fault::Fault, fragment::Activation, model::ModelOptions};
+use torus_abi::{
+    DType,
+    fault::Fault,
+    fragment::Activation,
+    model::{ModelOptions, Parallel},
+};
 use torus_hlo::{Heads, hf, nn::Rope};
 
 /// What the graph needs to know, checked.
@@ -16,6 +21,9 @@ pub struct Config {
     /// For each layer, its index into `kinds`.
     pub layers: Vec<usize>,
     pub heads: Heads,
+    /// Over how many devices it is split, and the heads of one of them.
+    pub parallel: Parallel,
+    pub shard_heads: Heads,
     pub attention_scale: f32,
     pub attention_soft_cap: Option<f32>,
     /// Logits become `cap * tanh(logit / cap)`.
@@ -130,9 +138,6 @@ fn tie_word_embeddings() -> bool {
 
 impl Config {
     pub fn new(options: &ModelOptions) -> Result<Self, Fault> {
-        if options.parallel.tensor != 1 {
-            return Err(Fault::unsupported("this model cannot be split over devices yet: use --tp-size 1"));
-        }
         let fields: Fields = hf::fields(options)?;
         fields.refuse_unsupported()?;
         let hidden = fields.hidden_size;
@@ -148,6 +153,8 @@ impl Config {
             kinds,
             layers,
             heads,
+            parallel: options.parallel,
+            shard_heads: hf::shard(options.parallel, heads, &[("intermediate_size", fields.intermediate_size)])?,
             attention_scale: fields.query_pre_attn_scalar.sqrt().recip(),
             attention_soft_cap: fields.attn_logit_softcapping,
             final_soft_cap: fields.final_logit_softcapping,

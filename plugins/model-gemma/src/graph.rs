@@ -18,7 +18,7 @@ use crate::{config::Config, weights};
 mod tests;
 
 pub fn emit(config: &Config, request: &EmitModel) -> Result<Fragment, Fault> {
-    let weights = ModelWeights::new(request, weights::weights(config), config.kinds.len())?;
+    let weights = ModelWeights::sharded(request, weights::weights(config), config.kinds.len(), config.parallel)?;
     let graph = Graph { config, request, weights };
     match &request.part {
         ModelPart::Hidden { shape, capture } => graph.hidden(shape, capture),
@@ -164,7 +164,7 @@ impl Graph<'_> {
         Attention { kind, values, pool }: &Attention<'g>,
     ) -> (Value<'g>, Vec<Value<'g>>) {
         let normed = self.norm(g, x, &layer.attention_norm);
-        let [q, k, v] = self.config.heads.split(normed.linear(&layer.qkv, Linear::column(HIDDEN, QKV)));
+        let [q, k, v] = self.config.shard_heads.split(normed.linear(&layer.qkv, Linear::column(HIDDEN, QKV)));
         let turned = |heads: Value<'g>, weight: &Weight<'g>| {
             let normed = heads.rms_norm(HEAD_DIM, g.vector(weight, HEAD_DIM), self.config.norm_eps);
             normed.rotary(values.cos, values.sin)
@@ -179,7 +179,7 @@ impl Graph<'_> {
     fn mlp<'g>(&self, g: &'g Func<'g>, x: Value<'g>, layer: &Layer<'g>) -> Value<'g> {
         let normed = self.norm(g, x, &layer.mlp_norm);
         let both = normed.linear(&layer.gate_up, Linear::column(HIDDEN, INTERMEDIATE));
-        let width = self.config.intermediate;
+        let width = both.size(INTERMEDIATE) / 2;
         let gate = both.slice(INTERMEDIATE, 0..width).convert(DType::F32);
         let up = both.slice(INTERMEDIATE, width..2 * width).convert(DType::F32);
         let inner = (gate.activation(self.config.activation) * up).convert(x.dtype());

@@ -2,8 +2,7 @@
 //! layers that see all of it, each with rotary frequencies of its own. From Hugging Face checkpoints and GGUF files.
 //!
 //! Three files: [`config`] reads and checks `config.json`, [`weights`] names tensors, [`graph`] is the forward pass.
-//! Images, biases and attention to later tokens (embedding models) are not implemented; they and splitting over devices
-//! are refused.
+//! Images, biases and attention to later tokens (embedding models) are not implemented and refused.
 
 #![forbid(unsafe_code)]
 
@@ -47,9 +46,9 @@ impl Model for Gemma {
         let config = &self.config;
         let paged = |kind: &config::Kind| {
             StateKind::Paged(AttentionSpec {
-                q_heads: config.heads.q_heads,
-                kv_heads: config.heads.kv_heads,
-                head_dim: config.heads.head_dim,
+                q_heads: config.shard_heads.q_heads,
+                kv_heads: config.shard_heads.kv_heads,
+                head_dim: config.shard_heads.head_dim,
                 scale: config.attention_scale,
                 window: kind.window,
                 soft_cap: config.attention_soft_cap,
@@ -65,6 +64,7 @@ impl Model for Gemma {
             layers: config.layers.clone(),
             weights: weights::weights(config),
             ignored_tensors: weights::ignored(config),
+            parallel: config.parallel,
         }
     }
 

@@ -23,7 +23,7 @@ pub fn weights(config: &Config) -> Vec<WeightSpec> {
         let gate_up = [mlp("gate", intermediate), mlp("up", intermediate)];
         weights.extend([
             norm(layer("attention_norm"), format!("{prefix}.input_layernorm"), hidden),
-            WeightSpec::linear(LinearRole::Column, layer("qkv"), hidden, &qkv),
+            WeightSpec::linear(LinearRole::Column, layer("qkv"), hidden, &qkv).in_units(&heads.units()),
             norm(layer("q_norm"), format!("{prefix}.self_attn.q_norm"), heads.head_dim),
             norm(layer("k_norm"), format!("{prefix}.self_attn.k_norm"), heads.head_dim),
             WeightSpec::linear(LinearRole::Row, layer("o"), queries, &[attention("o", hidden)]),

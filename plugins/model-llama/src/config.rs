@@ -2,7 +2,12 @@
 
 use serde::Deserialize;
 use serde_json::Value;
-use torus_abi::{DType, fault::Fault, fragment::Activation, model::ModelOptions};
+use torus_abi::{
+    DType,
+    fault::Fault,
+    fragment::Activation,
+    model::{ModelOptions, Parallel},
+};
 use torus_hlo::{Heads, hf, nn::Rope};
 
 /// What the graph needs to know, checked.
@@ -13,6 +18,9 @@ pub struct Config {
     pub intermediate: u64,
     pub layers: usize,
     pub heads: Heads,
+    /// Over how many devices it is split, and the heads of one of them.
+    pub parallel: Parallel,
+    pub shard_heads: Heads,
     pub vocab: u64,
     pub context_length: u64,
     pub norm_eps: f32,
@@ -72,9 +80,6 @@ fn hidden_act() -> String {
 
 impl Config {
     pub fn new(options: &ModelOptions) -> Result<Self, Fault> {
-        if options.parallel.tensor != 1 {
-            return Err(Fault::unsupported("this model cannot be split over devices yet: use --tp-size 1"));
-        }
         let fields: Fields = hf::fields(options)?;
         fields.refuse_unsupported()?;
         let hidden = fields.hidden_size;
@@ -90,6 +95,8 @@ impl Config {
             intermediate: fields.intermediate_size,
             layers: fields.num_hidden_layers,
             heads,
+            parallel: options.parallel,
+            shard_heads: hf::shard(options.parallel, heads, &[("intermediate_size", fields.intermediate_size)])?,
             vocab: fields.vocab_size,
             context_length,
             norm_eps: fields.rms_norm_eps,

@@ -18,7 +18,7 @@ use crate::{config::Config, weights};
 mod tests;
 
 pub fn emit(config: &Config, request: &EmitModel) -> Result<Fragment, Fault> {
-    let weights = ModelWeights::new(request, weights::weights(config), 1)?;
+    let weights = ModelWeights::sharded(request, weights::weights(config), 1, config.parallel)?;
     let graph = Graph { config, request, weights };
     match &request.part {
         ModelPart::Hidden { shape, capture } => graph.hidden(shape, capture),
@@ -116,7 +116,7 @@ impl Graph<'_> {
                 pool: g.pass(&pool),
                 context: g.pass(context),
                 kind: 0,
-                heads: self.config.heads,
+                heads: self.config.shard_heads,
                 norm_eps: self.config.norm_eps,
             };
             let (x, pool) = match g.pass(&layer.o_bias) {

@@ -2,7 +2,6 @@
 //! where the config has them. From Hugging Face checkpoints and GGUF files.
 //!
 //! Three files: [`config`] reads and checks `config.json`, [`weights`] names tensors, [`graph`] is the forward pass.
-//! Splitting over devices is not implemented and refused.
 
 #![forbid(unsafe_code)]
 
@@ -51,9 +50,9 @@ impl Model for Llama {
             context_length: config.context_length,
             dtype: config.dtype,
             kinds: vec![StateKind::Paged(AttentionSpec {
-                q_heads: config.heads.q_heads,
-                kv_heads: config.heads.kv_heads,
-                head_dim: config.heads.head_dim,
+                q_heads: config.shard_heads.q_heads,
+                kv_heads: config.shard_heads.kv_heads,
+                head_dim: config.shard_heads.head_dim,
                 scale: (config.heads.head_dim as f32).sqrt().recip(),
                 window: None,
                 soft_cap: None,
@@ -61,6 +60,7 @@ impl Model for Llama {
             layers: vec![0; config.layers],
             weights: weights::weights(config),
             ignored_tensors: weights::ignored(config),
+            parallel: config.parallel,
         }
     }
 

@@ -25,17 +25,17 @@ pub fn weights(config: &Config) -> Vec<WeightSpec> {
         let gate_up = [mlp("gate", intermediate), mlp("up", intermediate)];
         let down = [mlp("down", hidden)];
         weights.push(norm(layer("attention_norm"), format!("{prefix}.input_layernorm")));
-        weights.push(WeightSpec::linear(LinearRole::Column, layer("qkv"), hidden, &qkv));
+        weights.push(WeightSpec::linear(LinearRole::Column, layer("qkv"), hidden, &qkv).in_units(&heads.units()));
         weights.push(WeightSpec::linear(LinearRole::Row, layer("o"), queries, &o));
         if config.attention_bias {
-            weights.push(WeightSpec::vector("bias", layer("qkv_bias"), &qkv));
+            weights.push(WeightSpec::vector("bias", layer("qkv_bias"), &qkv).in_units(&heads.units()));
             weights.push(WeightSpec::vector("bias", layer("o_bias"), &o));
         }
         weights.push(norm(layer("mlp_norm"), format!("{prefix}.post_attention_layernorm")));
         weights.push(WeightSpec::linear(LinearRole::Column, layer("gate_up"), hidden, &gate_up));
         weights.push(WeightSpec::linear(LinearRole::Row, layer("down"), intermediate, &down));
         if config.mlp_bias {
-            weights.push(WeightSpec::vector("bias", layer("gate_up_bias"), &gate_up));
+            weights.push(WeightSpec::vector("bias", layer("gate_up_bias"), &gate_up).in_units(&[intermediate; 2]));
             weights.push(WeightSpec::vector("bias", layer("down_bias"), &down));
         }
     }

@@ -3,7 +3,7 @@
 //! GGUF files.
 //!
 //! Three files: [`config`] reads and checks `config.json`, [`weights`] names tensors, [`graph`] is the forward pass.
-//! Sliding windows and splitting over devices are not implemented and refused.
+//! Sliding windows are not implemented and refused.
 
 #![forbid(unsafe_code)]
 
@@ -52,9 +52,9 @@ impl Model for Qwen {
             context_length: config.context_length,
             dtype: config.dtype,
             kinds: vec![StateKind::Paged(AttentionSpec {
-                q_heads: config.heads.q_heads,
-                kv_heads: config.heads.kv_heads,
-                head_dim: config.heads.head_dim,
+                q_heads: config.shard_heads.q_heads,
+                kv_heads: config.shard_heads.kv_heads,
+                head_dim: config.shard_heads.head_dim,
                 scale: (config.heads.head_dim as f32).sqrt().recip(),
                 window: None,
                 soft_cap: None,
@@ -62,6 +62,7 @@ impl Model for Qwen {
             layers: vec![0; config.layers],
             weights: weights::weights(config),
             ignored_tensors: weights::ignored(config),
+            parallel: config.parallel,
         }
     }
 

@@ -23,9 +23,9 @@ pub fn weights(config: &Config) -> Vec<WeightSpec> {
         let qkv = [attention("q", queries), attention("k", keys), attention("v", keys)];
         let o = [attention("o", hidden)];
         weights.push(norm(layer("attention_norm"), format!("{prefix}.input_layernorm"), hidden));
-        weights.push(WeightSpec::linear(LinearRole::Column, layer("qkv"), hidden, &qkv));
+        weights.push(WeightSpec::linear(LinearRole::Column, layer("qkv"), hidden, &qkv).in_units(&heads.units()));
         if config.qkv_bias {
-            weights.push(WeightSpec::vector("bias", layer("qkv_bias"), &qkv));
+            weights.push(WeightSpec::vector("bias", layer("qkv_bias"), &qkv).in_units(&heads.units()));
         }
         if config.qk_norm() {
             weights.push(norm(layer("q_norm"), format!("{prefix}.self_attn.q_norm"), heads.head_dim));

@@ -1,6 +1,10 @@
 use std::sync::Mutex;
 
-use torus_abi::model::{GgufAnswer, GgufTensor, ModelDescription, Transform, WeightSpec};
+use torus_abi::{
+    fragment::LinearRole,
+    model::{GgufAnswer, GgufTensor, ModelDescription, Parallel, Transform, WeightRole, WeightSpec},
+    shard::Shard,
+};
 
 use super::*;
 use crate::{
@@ -63,6 +67,82 @@ fn a_quantized_file_loads_as_its_f32_twin() {
     let (mixed, reference) = (load("mixed.gguf"), load("mixed-f32.gguf"));
     assert_eq!(mixed.len(), 16);
     assert!(mixed == reference);
+}
+
+/// What each of `devices` holds of the one weight of a description.
+fn shards(checkpoint: &Checkpoint, spec: &WeightSpec, devices: u32) -> Vec<(Vec<u64>, Vec<f32>)> {
+    let description = description(vec![spec.clone()], &["*"]);
+    let load = |shard| {
+        let mut kept = Kept::default();
+        let plan = LoadPlan::for_shard(checkpoint, &description, None, in_f32, shard).unwrap();
+        plan.run(&mut kept, &NoProgress).unwrap();
+        (plan.weights()[0].shape.clone(), kept.f32(&spec.name))
+    };
+    Shard::all(Parallel { tensor: devices }).map(load).collect()
+}
+
+#[test]
+fn each_device_gets_its_heads_its_columns_and_its_tokens() {
+    let (q, k, o, e) = (counting(4 * 2), counting(2 * 2), counting(2 * 4), counting(3 * 2));
+    let file = safetensors_file(&[("q", &[4, 2], &q), ("k", &[2, 2], &k), ("o", &[2, 4], &o), ("e", &[3, 2], &e)]);
+    let folder = folder(&[("model.safetensors", &file)]);
+    let checkpoint = Checkpoint::open_folder(folder.path()).unwrap();
+    let role = |mut spec: WeightSpec, role| {
+        spec.role = role;
+        spec
+    };
+    let sources = vec![source("q", &[4, 2], &[]), source("k", &[2, 2], &[])];
+    let qk = weight("qk", &[6, 2], sources).in_units(&[4, 1]);
+    let qk = shards(&checkpoint, &role(qk, WeightRole::Linear(LinearRole::Column)), 2);
+    assert_eq!(qk[0], (vec![4, 2], vec![0., 1., 2., 3., 0., 1., 2., 3.]));
+    assert_eq!(qk[1], (vec![4, 2], vec![4., 5., 6., 7., 0., 1., 2., 3.]));
+    let o = shards(&checkpoint, &role(plain("o", &[2, 4]), WeightRole::Linear(LinearRole::Row)), 2);
+    assert_eq!(o, [(vec![2, 2], vec![0., 1., 4., 5.]), (vec![2, 2], vec![2., 3., 6., 7.])]);
+    let e = shards(&checkpoint, &role(plain("e", &[3, 2]), WeightRole::EmbedAndHead), 2);
+    assert_eq!(e, [(vec![2, 2], vec![0., 1., 2., 3.]), (vec![2, 2], vec![4., 5., 0., 0.])]);
+}
+
+#[test]
+fn columns_of_quantized_blocks_are_those_of_the_f32_twin() {
+    let load = |name: &str| {
+        let checkpoint = testdata(name);
+        let names = checkpoint.tensors().iter().filter(|(_, entry)| entry.shape.len() == 2);
+        let specs = names.map(|(name, entry)| WeightSpec {
+            role: WeightRole::Linear(LinearRole::Row),
+            ..weight(name, &entry.shape, vec![source(name, &entry.shape, &[])])
+        });
+        let answer = GgufAnswer {
+            config: serde_json::Value::Null,
+            tensors: checkpoint
+                .tensors()
+                .keys()
+                .map(|name| (name.clone(), GgufTensor { name: name.clone(), transforms: vec![] }))
+                .collect(),
+            ignored_tensors: vec!["*".to_owned()],
+        };
+        let description = description(specs.collect(), &[]);
+        let shard = |index| {
+            let shard = Shard { index, parallel: Parallel { tensor: 8 } };
+            let plan = LoadPlan::for_shard(&checkpoint, &description, Some(&answer), in_f32, shard).unwrap();
+            let mut kept = Kept::default();
+            plan.run(&mut kept, &NoProgress).unwrap();
+            kept.0
+        };
+        [0, 3, 7].map(shard)
+    };
+    let (mixed, reference) = (load("mixed.gguf"), load("mixed-f32.gguf"));
+    assert!(mixed[0].len() > 8 && mixed == reference && mixed[0] != mixed[1]);
+}
+
+#[test]
+fn a_weight_that_does_not_divide_is_named() {
+    let file = safetensors_file(&[("o", &[2, 4], &counting(8))]);
+    let folder = folder(&[("model.safetensors", &file)]);
+    let checkpoint = Checkpoint::open_folder(folder.path()).unwrap();
+    let spec = WeightSpec { role: WeightRole::Linear(LinearRole::Row), ..plain("o", &[2, 4]) };
+    let shard = Shard { index: 0, parallel: Parallel { tensor: 3 } };
+    let error = LoadPlan::for_shard(&checkpoint, &description(vec![spec], &[]), None, in_f32, shard).unwrap_err();
+    assert!(error.to_string().contains("o cannot be shared out: 4 columns do not divide over 3 devices"), "{error}");
 }
 
 /// Keeps all weights in one allocation.

@@ -78,7 +78,7 @@ fn impossible_transforms_are_refused() {
         (&[6, 1], Transform::AddConstant(f32::NAN)),
     ];
     for (shape, transform) in cases {
-        assert!(shape_after(shape, &transform).is_err(), "{transform:?} of {shape:?}");
+        assert!(transform.shape_after(shape).is_err(), "{transform:?} of {shape:?}");
     }
 }
 

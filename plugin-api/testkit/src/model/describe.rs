@@ -115,7 +115,7 @@ mod tests {
     }
 
     fn source(shape: &[u64], transforms: Vec<Transform>) -> WeightSource {
-        WeightSource { tensor: "t".into(), shape: shape.into(), transforms }
+        WeightSource { tensor: "t".into(), shape: shape.into(), transforms, units: None }
     }
 
     #[test]
