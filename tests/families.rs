@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use futures::future::join_all;
 use serde_json::Value;
-use torus_engine::{EngineHandle, api::LogprobOptions};
+use torus_engine::{EngineConfig, EngineHandle, api::LogprobOptions};
 use torus_plugins::{LibraryCache, Registry};
 use torus_weights::ResolvedModel;
 
@@ -55,14 +55,17 @@ async fn check(engine: &EngineHandle, name: &str, case: &Value, with_prompt_logp
     }
 }
 
-fn equals_the_reference(name: &str, plugins: &Registry, model: ResolvedModel, golden: &Value) {
+/// An engine with few buckets: each variant compiles all of its own.
+pub fn small(model: ResolvedModel) -> EngineConfig {
     let mut config = config(model);
-    config.plugins = plugins.clone();
     config.memory.page_size = Some(4);
     config.memory.max_total_tokens = Some(1024);
-    // Few buckets: each variant compiles all of its own.
     config.schedule.chunked_prefill_size = Some(4);
     config.schedule.max_running_requests = Some(4);
+    config
+}
+
+pub fn equals_the_reference(name: &str, config: EngineConfig, golden: &Value) {
     let engine = ready(config);
     for with_prompt_logprobs in [true, false] {
         let cases = golden["cases"].as_array().unwrap().iter();
@@ -82,9 +85,10 @@ fn every_variant_equals_the_reference_with(plugins: &Registry, family: &str, var
         let golden = std::fs::read_to_string(folder.join("golden.json")).unwrap();
         let golden: Value = serde_json::from_str(&golden).unwrap();
         let gguf = folder.join("model.gguf");
-        equals_the_reference(&name, plugins, ResolvedModel::Folder(folder), &golden);
+        let config = |model| EngineConfig { plugins: plugins.clone(), ..small(model) };
+        equals_the_reference(&name, config(ResolvedModel::Folder(folder)), &golden);
         if gguf.exists() {
-            equals_the_reference(&format!("{name} in GGUF"), plugins, ResolvedModel::Gguf(gguf), &golden);
+            equals_the_reference(&format!("{name} in GGUF"), config(ResolvedModel::Gguf(gguf)), &golden);
         }
     }
 }

@@ -15,6 +15,7 @@ mod golden;
 mod http;
 mod kernels;
 mod openai_client;
+mod parallel;
 mod plugins;
 mod server;
 mod support;

@@ -47,8 +47,13 @@ pub fn linked_plugins() -> Registry {
 /// One device for all engines of this process, as in a server.
 fn device() -> Device {
     static DEVICE: OnceLock<Device> = OnceLock::new();
-    let config = DeviceConfig { platform: Platform::Cpu, pjrt_plugin: pjrt_plugin(), cpu_threads: None };
-    DEVICE.get_or_init(|| Device::new(config)).clone()
+    DEVICE.get_or_init(|| devices(1)).clone()
+}
+
+/// A CPU that acts as so many devices, which share each model.
+pub fn devices(tensor_parallel: u32) -> Device {
+    let pjrt_plugin = pjrt_plugin();
+    Device::new(DeviceConfig { platform: Platform::Cpu, pjrt_plugin, cpu_threads: None, tensor_parallel })
 }
 
 /// A small engine in float32: steps of 16 tokens, so that every prompt is chunked.

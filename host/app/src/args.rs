@@ -12,12 +12,13 @@ mod serve;
 mod values;
 
 pub use ctl::{CtlArgs, CtlCommand, ModelChanges, SwapMode};
-pub use engine::{EngineArgs, ModelArgs, PluginArgs, ScheduleArgs};
+pub use engine::{DeviceArgs, EngineArgs, ModelArgs, PluginArgs, ScheduleArgs};
 pub use generate::GenerateArgs;
 pub use models::ModelSpec;
 pub use serve::ServeArgs;
 pub use values::{
-    ChunkSize, Device, Dtype, KvCacheDtype, LogArgs, LogFormat, LogLevel, Policy, Quantization, Switch, fraction,
+    ChunkSize, CompileMode, Device, Dtype, KvCacheDtype, LogArgs, LogFormat, LogLevel, Policy, Quantization, Switch,
+    fraction,
 };
 
 use std::path::PathBuf;
@@ -46,8 +47,18 @@ pub enum Command {
     /// Measure a server, or its parts
     #[command(subcommand)]
     Bench(BenchCommand),
+    /// Open a device and print what it is, as JSON; for this program's own use
+    #[command(hide = true)]
+    ProbeDevice(ProbeArgs),
     /// Print versions
     Version,
+}
+
+/// Options of `torus probe-device`.
+#[derive(Debug, clap::Args)]
+pub struct ProbeArgs {
+    #[arg(long, value_name = "FILE")]
+    pub pjrt_plugin: PathBuf,
 }
 
 #[derive(Debug, clap::Subcommand)]

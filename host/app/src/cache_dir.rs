@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::args::Device;
+use crate::{args::Device, tpu};
 
 /// `--cache-dir`, else `$TORUS_CACHE`, else `torus` in the user's cache folder.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -78,10 +78,11 @@ impl CacheDir {
         self.0.join("weights")
     }
 
-    /// The PJRT plugin for a device: the one given, for a TPU the one of `TPU_LIBRARY_PATH`, else the newest known one
-    /// in this folder.
+    /// The PJRT plugin for a device: the one given, for a TPU the one of `TPU_LIBRARY_PATH` or of the installed Python
+    /// package, else the newest known one in this folder.
     pub fn pjrt_plugin(&self, device: Device, given: Option<&Path>) -> Result<PathBuf, PjrtPluginError> {
-        self.choose_pjrt_plugin(device, given, &|name| std::env::var_os(name))
+        let installed = || tpu::installed_libtpu().filter(|_| device == Device::Tpu);
+        self.choose_pjrt_plugin(device, given, &|name| std::env::var_os(name), &installed)
     }
 
     fn choose_pjrt_plugin(
@@ -89,6 +90,7 @@ impl CacheDir {
         device: Device,
         given: Option<&Path>,
         env: &dyn Fn(&str) -> Option<OsString>,
+        installed: &dyn Fn() -> Option<PathBuf>,
     ) -> Result<PathBuf, PjrtPluginError> {
         let of_tpu = || env("TPU_LIBRARY_PATH").filter(|path| device == Device::Tpu && !path.is_empty());
         let named = match given {
@@ -97,6 +99,9 @@ impl CacheDir {
         };
         if let Some((option, path)) = named {
             return if path.is_file() { Ok(path) } else { Err(PjrtPluginError::Missing { option, path }) };
+        }
+        if let Some(file) = installed() {
+            return Ok(file);
         }
         let packages: &[Package] = match device {
             Device::Cpu => &CPU,
@@ -162,7 +167,7 @@ mod tests {
             fs::write(&file, "").unwrap();
             file
         };
-        let find = |device| cache.choose_pjrt_plugin(device, None, &no_env);
+        let find = |device| cache.choose_pjrt_plugin(device, None, &no_env, &|| None);
         let error = find(Device::Cpu).unwrap_err().to_string();
         assert!(error.contains("lammps-jax-pjrt-cpu==0.11.2") && error.contains("--pjrt-plugin"), "{error}");
         let older = put(&CPU[1]);
@@ -170,16 +175,18 @@ mod tests {
         let newest = put(&CPU[0]);
         assert_eq!(find(Device::Cpu).unwrap(), newest);
         assert!(find(Device::Tpu).unwrap_err().to_string().contains("libtpu==0.0.52"));
+        let installed = || Some(PathBuf::from("/python/libtpu.so"));
+        assert_eq!(cache.choose_pjrt_plugin(Device::Tpu, None, &no_env, &installed).unwrap(), installed().unwrap());
         assert!(find(Device::Cuda).unwrap_err().to_string().contains("--pjrt-plugin FILE"));
     }
 
     #[test]
     fn a_named_plugin_must_be_there() {
         let cache = CacheDir("/nonexistent".into());
-        let given = cache.choose_pjrt_plugin(Device::Cpu, Some(Path::new("/gone.so")), &no_env).unwrap_err();
+        let given = cache.choose_pjrt_plugin(Device::Cpu, Some(Path::new("/gone.so")), &no_env, &|| None).unwrap_err();
         assert_eq!(given.to_string(), "--pjrt-plugin (TORUS_PJRT_PLUGIN): /gone.so is not there");
         let env = |name: &str| (name == "TPU_LIBRARY_PATH").then(|| "/tpu.so".into());
-        let tpu = cache.choose_pjrt_plugin(Device::Tpu, None, &env).unwrap_err();
+        let tpu = cache.choose_pjrt_plugin(Device::Tpu, None, &env, &|| None).unwrap_err();
         assert_eq!(tpu.to_string(), "TPU_LIBRARY_PATH: /tpu.so is not there");
     }
 }

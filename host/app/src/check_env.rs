@@ -13,6 +13,7 @@ use crate::{
     args::{CheckEnvArgs, Device},
     cache_dir::CacheDir,
     limits::Limits,
+    tpu,
 };
 
 /// One thing that was looked at.
@@ -69,7 +70,7 @@ pub fn run(args: &CheckEnvArgs, limits: &Limits) -> anyhow::Result<ExitCode> {
         Ok(cache) => {
             facts.push(cache_folder(&cache));
             facts.push(cpu_plugin(&cache, args.pjrt_plugin.as_deref()));
-            facts.push(tpu_plugin(&cache));
+            facts.extend(tpu(&cache));
             facts.extend(plugins(&cache));
         }
         Err(error) => facts.push(Fact::bad("cache folder", "not known", error)),
@@ -200,13 +201,25 @@ fn cpu_plugin(cache: &CacheDir, given: Option<&Path>) -> Fact {
     }
 }
 
-/// libtpu is not loaded: that takes the TPU away from a server that uses it.
-fn tpu_plugin(cache: &CacheDir) -> Fact {
+/// The library, and whether a TPU answers through it; a child process asks.
+fn tpu(cache: &CacheDir) -> Vec<Fact> {
     const NAME: &str = "libtpu";
-    match cache.pjrt_plugin(Device::Tpu, None) {
-        Ok(path) => Fact::good(NAME, path.display()),
-        Err(error) => Fact::poor(NAME, "not found: no serving on a TPU", error),
-    }
+    let path = match cache.pjrt_plugin(Device::Tpu, None) {
+        Ok(path) => path,
+        Err(error) => return vec![Fact::poor(NAME, "not found: no serving on a TPU", error)],
+    };
+    let answer = match tpu::probe(&path) {
+        Ok(found) => {
+            let kind = found.kinds.first().map_or("no device", String::as_str);
+            let memory = found.memory_bytes.map_or("unknown".to_owned(), |bytes| format!("{} GiB", bytes >> 30));
+            Fact::good("TPU", format_args!("{} of {kind}, memory of each {memory}", found.kinds.len()))
+        }
+        Err(error) => {
+            let reason = error.root_cause().to_string();
+            Fact::poor("TPU", format_args!("none answers: {reason}"), "free it if another process uses it")
+        }
+    };
+    vec![Fact::good(NAME, path.display()), answer]
 }
 
 fn plugins(cache: &CacheDir) -> Vec<Fact> {

@@ -18,6 +18,7 @@ use crate::{
     cache_dir::CacheDir,
     limits::Limits,
     model::Model,
+    tpu,
 };
 
 /// What all engines of this process share.
@@ -38,18 +39,33 @@ pub struct MemoryClaim {
 
 impl Machine {
     pub fn new(args: &EngineArgs, limits: &Limits) -> anyhow::Result<Self> {
+        let tp_size = args.parallel.tp_size;
         let (args, cache) = (&args.device, CacheDir::new(args.device.cache_dir.as_deref())?);
         torus_plugins::pin_kernel_threads(args.pin_threads == Switch::On);
+        let pjrt_plugin = cache.pjrt_plugin(args.device, args.pjrt_plugin.as_deref())?;
+        if args.device == Device::Tpu {
+            let found = tpu::probe(&pjrt_plugin)?;
+            let count = found.kinds.len();
+            ensure!(tp_size as usize <= count, "--tp-size {tp_size}: there are {count} devices; give at most as many");
+            tracing::info!(
+                kind = found.kinds.first(),
+                devices = count,
+                memory_bytes = found.memory_bytes,
+                "the TPU answers"
+            );
+        }
         let config = DeviceConfig {
             platform: match args.device {
                 Device::Cpu => Platform::Cpu,
                 Device::Tpu => Platform::Tpu,
                 Device::Cuda => Platform::Cuda,
             },
-            pjrt_plugin: cache.pjrt_plugin(args.device, args.pjrt_plugin.as_deref())?,
+            pjrt_plugin,
             cpu_threads: Some(args.threads.unwrap_or_else(|| limits.cpus())),
+            tensor_parallel: tp_size,
         };
-        let budget = MemoryBudget::new(limits.memory_bytes());
+        // Other devices have memory of their own, and say how much.
+        let budget = MemoryBudget::new(limits.memory_bytes().filter(|_| args.device == Device::Cpu));
         let device = torus_engine::Device::new(config);
         device.prepare();
         Ok(Self { cache, device, budget })

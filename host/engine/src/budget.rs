@@ -4,7 +4,7 @@
 //! buffer is gone. What is not reserved is free: engines do not borrow from each other.
 
 use std::{
-    sync::{Arc, Condvar, Mutex},
+    sync::{Arc, Condvar, Mutex, OnceLock},
     time::Duration,
 };
 
@@ -21,7 +21,8 @@ pub struct MemoryBudget(Arc<Ledger>);
 
 #[derive(Debug)]
 struct Ledger {
-    total_bytes: u64,
+    /// `None` until the device tells.
+    total_bytes: OnceLock<u64>,
     reserved_bytes: Mutex<u64>,
     released: Condvar,
 }
@@ -42,26 +43,32 @@ pub struct Shortage {
 }
 
 impl MemoryBudget {
-    /// `total_bytes`: what this process may still take of the device's memory; `None` = unknown, 8 GiB are assumed.
+    /// `total_bytes`: what this process may still take of the device's memory; `None` = as the device says once it is
+    /// opened, and 8 GiB if it does not.
     pub fn new(total_bytes: Option<u64>) -> Self {
         Self(Arc::new(Ledger {
-            total_bytes: total_bytes.unwrap_or(UNKNOWN_TOTAL_BYTES),
+            total_bytes: total_bytes.map_or_else(OnceLock::new, OnceLock::from),
             reserved_bytes: Mutex::new(0),
             released: Condvar::new(),
         }))
     }
 
+    /// Takes what the device says, unless the memory is known already.
+    pub(crate) fn learn(&self, total_bytes: u64) {
+        self.0.total_bytes.get_or_init(|| total_bytes);
+    }
+
     pub fn total_bytes(&self) -> u64 {
-        self.0.total_bytes
+        self.0.total_bytes.get().copied().unwrap_or(UNKNOWN_TOTAL_BYTES)
     }
 
     pub fn free_bytes(&self) -> u64 {
-        self.0.total_bytes.saturating_sub(*lock(&self.0.reserved_bytes))
+        self.total_bytes().saturating_sub(*lock(&self.0.reserved_bytes))
     }
 
     pub(crate) fn reserve(&self, bytes: u64) -> Result<Reservation, Shortage> {
         let mut reserved = lock(&self.0.reserved_bytes);
-        let free_bytes = self.0.total_bytes.saturating_sub(*reserved);
+        let free_bytes = self.total_bytes().saturating_sub(*reserved);
         if bytes > free_bytes {
             return Err(Shortage { wanted_bytes: bytes, free_bytes });
         }
@@ -109,6 +116,17 @@ mod tests {
         assert_eq!((held.bytes(), budget.free_bytes()), (60 << 20, 40 << 20));
         drop(held);
         assert_eq!(budget.free_bytes(), budget.total_bytes());
+    }
+
+    #[test]
+    fn what_a_device_says_counts_unless_the_memory_is_known() {
+        let (unknown, known) = (MemoryBudget::new(None), MemoryBudget::new(Some(10)));
+        assert_eq!(unknown.total_bytes(), UNKNOWN_TOTAL_BYTES);
+        for budget in [&unknown, &known] {
+            budget.learn(7);
+            budget.learn(9);
+        }
+        assert_eq!((unknown.total_bytes(), known.total_bytes()), (7, 10));
     }
 
     #[test]

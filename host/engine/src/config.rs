@@ -98,6 +98,8 @@ pub struct DeviceConfig {
     pub pjrt_plugin: PathBuf,
     /// Threads of the CPU client; `None` = as affinity and cgroup allow.
     pub cpu_threads: Option<usize>,
+    /// Devices that share each model; a CPU pretends to have as many.
+    pub tensor_parallel: u32,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

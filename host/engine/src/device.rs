@@ -1,7 +1,5 @@
 //! What lies on the device: weights, KV pools, and the arrays with a row for each slot.
 
-use std::sync::Arc;
-
 use torus_abi::{DType, TensorType};
 use torus_pjrt::{Buffer, Execution, HostCopy, LoadedExecutable, PjrtError};
 
@@ -15,8 +13,8 @@ mod null;
 mod target;
 
 pub(crate) use null::NullDevice;
-pub use target::Device;
 pub(crate) use target::Target;
+pub use target::{Device, compile_options};
 
 /// What steps run on.
 pub(crate) enum StepDevice {
@@ -86,14 +84,16 @@ pub(crate) struct Loaders {
     pub load_pages: LoadedExecutable,
 }
 
-/// All device buffers of an engine. Each step takes the donated ones and puts their successors back.
+/// All device buffers of an engine. Each step takes the donated ones and puts their successors back. Devices that share a
+/// model run each program together, each on its own buffers.
 pub(crate) struct DeviceState {
     target: Target,
     arguments: Arguments,
-    weights: Arc<[Buffer]>,
-    loaders: Arc<Loaders>,
-    /// `None` after a failed execution, whose donated buffers are gone.
-    mutable: Option<Mutable>,
+    /// For each device.
+    weights: Vec<Vec<Buffer>>,
+    loaders: Loaders,
+    /// For each device; `None` after a failed execution, whose donated buffers are gone.
+    mutable: Option<Vec<Mutable>>,
 }
 
 struct Mutable {
@@ -113,17 +113,31 @@ fn lost() -> PjrtError {
     PjrtError::Invalid("the device's state was lost in a failed step".into())
 }
 
-fn take_first(execution: Execution) -> Result<Buffer, PjrtError> {
-    let first = execution.outputs.into_iter().next();
-    first.ok_or_else(|| PjrtError::Invalid("a program gave no result".into()))
+fn incomplete(what: &str) -> PjrtError {
+    PjrtError::Invalid(format!("{what} is incomplete"))
+}
+
+/// Runs a program on all its devices, with one list of arguments for each.
+fn execute(program: &LoadedExecutable, lists: &[Vec<&Buffer>]) -> Result<Vec<Execution>, PjrtError> {
+    match lists {
+        [list] => Ok(vec![program.execute(list)?]),
+        lists => program.execute_on_all(&lists.iter().map(Vec::as_slice).collect::<Vec<_>>()),
+    }
+}
+
+/// As [`execute`], of a program with one result.
+fn execute_one(program: &LoadedExecutable, lists: &[Vec<&Buffer>]) -> Result<Vec<Buffer>, PjrtError> {
+    let first = |execution: Execution| execution.outputs.into_iter().next().ok_or_else(|| incomplete("a result"));
+    execute(program, lists)?.into_iter().map(first).collect()
 }
 
 impl DeviceState {
+    /// `weights` has the arguments of each device.
     pub fn new(
         target: Target,
         arguments: Arguments,
-        weights: Arc<[Buffer]>,
-        loaders: Arc<Loaders>,
+        weights: Vec<Vec<Buffer>>,
+        loaders: Loaders,
     ) -> Result<Self, PjrtError> {
         let mut state = Self { target, arguments, weights, loaders, mutable: None };
         state.reset()?;
@@ -134,87 +148,89 @@ impl DeviceState {
     pub fn reset(&mut self) -> Result<(), PjrtError> {
         // The old ones go first: two generations need not fit.
         self.mutable = None;
-        let Execution { mut outputs, done } = self.loaders.initial_state.execute(&[])?;
-        done.wait()?;
-        let incomplete = || PjrtError::Invalid("the initial state is incomplete".into());
-        let mut large = outputs.split_off(outputs.len().min(SMALL_ARRAYS));
-        if large.is_empty() {
-            // The program leaves them out where they share the host's memory.
-            large = self.arguments.large().map(|tensor| self.target.zeros(tensor)).collect::<Result<_, _>>()?;
+        let nothing = vec![Vec::new(); self.weights.len()];
+        let executions = execute(&self.loaders.initial_state, &nothing)?;
+        let mut state = Vec::with_capacity(executions.len());
+        for (device, Execution { mut outputs, done }) in executions.into_iter().enumerate() {
+            done.wait()?;
+            let mut large = outputs.split_off(outputs.len().min(SMALL_ARRAYS));
+            if large.is_empty() {
+                // The program leaves them out where they share the host's memory.
+                let zeros = |tensor| self.target.zeros(tensor, device);
+                large = self.arguments.large().map(zeros).collect::<Result<_, _>>()?;
+            }
+            let wrong = || incomplete("the initial state");
+            let [last_tokens, page_table, allowed] =
+                <[Buffer; SMALL_ARRAYS]>::try_from(outputs).map_err(|_| wrong())?;
+            let mut large = large.into_iter();
+            let (token_counts, bias) = large.next().zip(large.next()).ok_or_else(wrong)?;
+            let pools = large.collect();
+            state.push(Mutable { pools, last_tokens, page_table, token_counts, bias, allowed });
         }
-        let [last_tokens, page_table, allowed] =
-            <[Buffer; SMALL_ARRAYS]>::try_from(outputs).map_err(|_| incomplete())?;
-        let mut large = large.into_iter();
-        let (token_counts, bias) = large.next().zip(large.next()).ok_or_else(incomplete)?;
-        let pools = large.collect();
-        self.mutable = Some(Mutable { pools, last_tokens, page_table, token_counts, bias, allowed });
+        self.mutable = Some(state);
         Ok(())
     }
 
-    /// Starts a step and the transfer of its result. What failed before it started leaves the state as it was only if
-    /// nothing was donated; so any error means that the state is lost.
+    /// Starts a step and the transfer of its result, which is the same on all devices. What failed before it started leaves
+    /// the state as it was only if nothing was donated; so any error means that the state is lost.
     pub fn step(&mut self, program: &LoadedExecutable, packed: &[u8]) -> Result<HostCopy, PjrtError> {
-        let words = (packed.len() / 4) as u64;
-        let packed = self.target.upload(packed, &TensorType::new(DType::I32, [words]))?;
+        let tensor = TensorType::new(DType::I32, [(packed.len() / 4) as u64]);
+        let upload = |device| self.target.upload(packed, &tensor, device);
+        let packed = (0..self.weights.len()).map(upload).collect::<Result<Vec<_>, _>>()?;
         let state = self.mutable.take().ok_or_else(lost)?;
-        let mut arguments: Vec<&Buffer> = self.weights.iter().collect();
-        arguments.extend(&state.pools);
-        arguments.extend([
-            &state.last_tokens,
-            &state.page_table,
-            &state.token_counts,
-            &state.bias,
-            &state.allowed,
-            &packed,
-        ]);
-        let Execution { mut outputs, .. } = program.execute(&arguments)?;
-        let rest = outputs.split_off(state.pools.len());
-        let [last_tokens, page_table, token_counts, result] =
-            <[Buffer; 4]>::try_from(rest).map_err(|_| PjrtError::Invalid("a step's results are incomplete".into()))?;
-        let Mutable { bias, allowed, .. } = state;
-        self.mutable = Some(Mutable { pools: outputs, last_tokens, page_table, token_counts, bias, allowed });
-        result.to_host()
+        let devices = self.weights.iter().zip(&state).zip(&packed);
+        let lists: Vec<_> = devices.map(|((weights, state), packed)| state_arguments(weights, state, packed)).collect();
+        let executions = execute(program, &lists)?;
+        let (mut next, mut copy) = (Vec::with_capacity(state.len()), None);
+        for (state, Execution { mut outputs, .. }) in state.into_iter().zip(executions) {
+            let rest = outputs.split_off(state.pools.len());
+            let [last_tokens, page_table, token_counts, result] =
+                <[Buffer; 4]>::try_from(rest).map_err(|_| incomplete("a step's result"))?;
+            let Mutable { bias, allowed, .. } = state;
+            next.push(Mutable { pools: outputs, last_tokens, page_table, token_counts, bias, allowed });
+            if copy.is_none() {
+                copy = Some(result.to_host()?);
+            }
+        }
+        self.mutable = Some(next);
+        copy.ok_or_else(|| incomplete("a step's result"))
     }
 
     /// Sets the counts of a slot's row (see [`crate::sampling::IN_PROMPT`]) and zeroes the others.
     pub fn load_counts(&mut self, slot: u32, entries: &[(u32, i32)]) -> Result<(), PjrtError> {
-        let words: Vec<_> = entries.to_vec();
-        let mut state = self.mutable.take().ok_or_else(lost)?;
-        state.token_counts = self.load_row(&self.loaders.load_counts, state.token_counts, DType::I32, slot, &words)?;
-        self.mutable = Some(state);
-        Ok(())
+        self.load_row(&Row::COUNTS, slot, entries)
     }
 
     /// Sets the biases of a slot's row and zeroes the others.
     pub fn load_bias(&mut self, slot: u32, entries: &[(u32, f32)]) -> Result<(), PjrtError> {
         let words: Vec<_> = entries.iter().map(|(token, bias)| (*token, bias.to_bits() as i32)).collect();
-        let mut state = self.mutable.take().ok_or_else(lost)?;
-        state.bias = self.load_row(&self.loaders.load_bias, state.bias, DType::F32, slot, &words)?;
-        self.mutable = Some(state);
-        Ok(())
+        self.load_row(&Row::BIAS, slot, &words)
     }
 
-    fn load_row(
-        &self,
-        loader: &LoadedExecutable,
-        mut array: Buffer,
-        dtype: DType,
-        slot: u32,
-        entries: &[(u32, i32)],
-    ) -> Result<Buffer, PjrtError> {
-        let vocab = self.arguments.rows.token_counts.dims[1] as i32;
+    fn load_row(&mut self, row: &Row, slot: u32, entries: &[(u32, i32)]) -> Result<(), PjrtError> {
+        let part = self.arguments.rows.token_counts.dims[1] as u32;
+        let loader = (row.loader)(&self.loaders);
+        let mut state = self.mutable.take().ok_or_else(lost)?;
         // Once also for no entries: the row is cleared.
         let chunks = entries.chunks(LOAD_ENTRIES).map(Some).chain(entries.is_empty().then_some(None));
         for (i, chunk) in chunks.enumerate() {
-            let chunk = chunk.unwrap_or_default();
-            let (ids, values) = padded(chunk, vocab);
-            let slot = self.target.upload_words(&[slot as i32], DType::I32, &[])?;
-            let ids = self.target.upload_words(&ids, DType::I32, &[LOAD_ENTRIES as u64])?;
-            let values = self.target.upload_words(&values, dtype, &[LOAD_ENTRIES as u64])?;
-            let clear = self.target.upload_words(&[i32::from(i == 0)], DType::I32, &[])?;
-            array = take_first(loader.execute(&[&array, &slot, &ids, &values, &clear])?)?;
+            let (chunk, clear) = (chunk.unwrap_or_default(), i32::from(i == 0));
+            let uploads = (0..state.len()).map(|device| {
+                let upload = |words: &[i32], dtype, dims: &[u64]| self.target.upload_words(words, dtype, dims, device);
+                let (ids, values) = padded(&part_of(chunk, device as u32, part), part as i32);
+                let dims = [LOAD_ENTRIES as u64];
+                let (ids, values) = (upload(&ids, DType::I32, &dims)?, upload(&values, row.dtype, &dims)?);
+                Ok([upload(&[slot as i32], DType::I32, &[])?, ids, values, upload(&[clear], DType::I32, &[])?])
+            });
+            let uploads = uploads.collect::<Result<Vec<_>, PjrtError>>()?;
+            let devices = state.iter().zip(&uploads);
+            let lists: Vec<Vec<_>> =
+                devices.map(|(state, rest)| [(row.array)(state)].into_iter().chain(rest).collect()).collect();
+            let loaded = execute_one(loader, &lists)?;
+            state.iter_mut().zip(loaded).for_each(|(state, array)| (row.set)(state, array));
         }
-        Ok(array)
+        self.mutable = Some(state);
+        Ok(())
     }
 
     /// Sets entries of the page table: more of them than a step buffer holds.
@@ -223,14 +239,59 @@ impl DeviceState {
         let mut state = self.mutable.take().ok_or_else(lost)?;
         for chunk in entries.chunks(LOAD_ENTRIES) {
             let (index, pages) = padded(chunk, unused);
-            let index = self.target.upload_words(&index, DType::I32, &[LOAD_ENTRIES as u64])?;
-            let pages = self.target.upload_words(&pages, DType::I32, &[LOAD_ENTRIES as u64])?;
-            let loaded = self.loaders.load_pages.execute(&[&state.page_table, &index, &pages])?;
-            state.page_table = take_first(loaded)?;
+            let dims = [LOAD_ENTRIES as u64];
+            let upload = |words: &[i32], device| self.target.upload_words(words, DType::I32, &dims, device);
+            let uploads = (0..state.len()).map(|device| Ok([upload(&index, device)?, upload(&pages, device)?]));
+            let uploads = uploads.collect::<Result<Vec<_>, PjrtError>>()?;
+            let lists: Vec<_> = state
+                .iter()
+                .zip(&uploads)
+                .map(|(state, [index, pages])| vec![&state.page_table, index, pages])
+                .collect();
+            let loaded = execute_one(&self.loaders.load_pages, &lists)?;
+            state.iter_mut().zip(loaded).for_each(|(state, table)| state.page_table = table);
         }
         self.mutable = Some(state);
         Ok(())
     }
+}
+
+/// The arguments of a step on one device.
+fn state_arguments<'a>(weights: &'a [Buffer], state: &'a Mutable, packed: &'a Buffer) -> Vec<&'a Buffer> {
+    let mut arguments: Vec<_> = weights.iter().chain(&state.pools).collect();
+    let Mutable { last_tokens, page_table, token_counts, bias, allowed, .. } = state;
+    arguments.extend([last_tokens, page_table, token_counts, bias, allowed, packed]);
+    arguments
+}
+
+/// One of the arrays with a row for each slot and a column for each token of this device.
+struct Row {
+    dtype: DType,
+    loader: fn(&Loaders) -> &LoadedExecutable,
+    array: fn(&Mutable) -> &Buffer,
+    set: fn(&mut Mutable, Buffer),
+}
+
+impl Row {
+    const COUNTS: Self = Self {
+        dtype: DType::I32,
+        loader: |loaders| &loaders.load_counts,
+        array: |state| &state.token_counts,
+        set: |state, array| state.token_counts = array,
+    };
+    const BIAS: Self = Self {
+        dtype: DType::F32,
+        loader: |loaders| &loaders.load_bias,
+        array: |state| &state.bias,
+        set: |state, array| state.bias = array,
+    };
+}
+
+/// The entries of tokens that a device holds, which are `part` from its first one on.
+fn part_of(entries: &[(u32, i32)], device: u32, part: u32) -> Vec<(u32, i32)> {
+    let first = device * part;
+    let here = entries.iter().filter(|(token, _)| (first..first + part).contains(token));
+    here.map(|(token, value)| (token - first, *value)).collect()
 }
 
 /// Indices and values of a chunk, filled up with an index that is dropped.

@@ -43,7 +43,7 @@ pub use blueprint::{Blueprint, StepKind};
 pub use budget::{MemoryBudget, Shortage};
 pub use compile::CompileError;
 pub use config::{EngineConfig, KvCacheDtype, NullConfig};
-pub use device::Device;
+pub use device::{Device, compile_options};
 pub use handle::EngineHandle;
 pub use kernels::register_kernels;
 pub use load::StartError;

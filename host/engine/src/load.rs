@@ -1,6 +1,6 @@
 //! From a configuration to an engine that can run: client, plugins, weights, memory, programs.
 
-use std::{fs, io, path::PathBuf, sync::Arc};
+use std::{fs, io, path::PathBuf, sync::Arc, time::Instant};
 
 use torus_abi::{TensorType, step::StepShape};
 use torus_pjrt::{Buffer, LoadedExecutable, PjrtError};
@@ -108,11 +108,13 @@ impl Loaded {
 /// Loads everything, telling `shared` how far it is.
 pub(crate) fn load(config: &EngineConfig, shared: &Shared) -> Result<Loaded, StartError> {
     let target = config.device.open()?;
+    target.memory_bytes().into_iter().for_each(|bytes| config.memory.budget.learn(bytes));
     let checkpoint = Checkpoint::open(&config.model)?;
     let opened = OpenedModel::of_checkpoint(config, &checkpoint)?;
-    let weights = opened.load_plan(config, &checkpoint)?;
-    let blueprint = Blueprint::new(config, opened, weights.weights(), &target.description())?;
-    let bytes = blueprint.bytes();
+    let shards = opened.load_plans(config, &checkpoint)?;
+    let weights = shards.first().map_or(&[][..], LoadPlan::weights);
+    let blueprint = Blueprint::new(config, opened, weights, &target.description())?;
+    let bytes = blueprint.bytes() * config.device.shards_per_memory();
     let at_once = (config.memory.released_bytes == 0).then(|| config.memory.budget.reserve(bytes)).transpose()?;
     if config.device.platform() == Platform::Cpu {
         config.device.cpu_threads().into_iter().for_each(torus_plugins::limit_kernel_threads);
@@ -122,13 +124,14 @@ pub(crate) fn load(config: &EngineConfig, shared: &Shared) -> Result<Loaded, Sta
         }
     }
     let key = cache_key(config, &target)?;
-    let compiler = Compiler::new(target.client.clone(), shared, config.cache_dir.as_deref(), key);
+    let options = target.compile_options(config.device.platform());
+    let compiler = Compiler::new(target.client.clone(), shared, config.cache_dir.as_deref(), key, options);
     let programs = compile(config, &compiler, &blueprint, shared)?;
     let reservation = at_once.map_or_else(|| wait_for_memory(config, bytes, shared), Ok)?;
     let Blueprint { plugin, attention, plan, assembler, .. } = blueprint;
-    let (weights, keeping) = load_weights(config, &weights, &assembler.weights, &target, shared)?;
+    let (weights, keeping) = load_weights(config, &shards, &assembler.weights, &target, shared)?;
     let arguments = assembler.arguments(plan.shape(1, 1))?;
-    let state = DeviceState::new(target.clone(), arguments, weights.into(), Arc::new(programs.loaders))?;
+    let state = DeviceState::new(target.clone(), arguments, weights, programs.loaders)?;
     let end_tokens = config.end_token_ids.clone();
     *lock(&shared.info) = Some(Arc::new(ModelInfo {
         architecture: assembler.description.architecture.clone(),
@@ -142,7 +145,7 @@ pub(crate) fn load(config: &EngineConfig, shared: &Shared) -> Result<Loaded, Sta
         attention_backend: attention.name().to_owned(),
         model_plugin: format!("{} {}", plugin.name(), plugin.manifest.version),
         reserved_bytes: reservation.bytes(),
-        device: target.device.kind().to_owned(),
+        device: target.kind().to_owned(),
         end_token_ids: end_tokens.clone(),
     }));
     Ok(Loaded {
@@ -200,29 +203,51 @@ impl Progress for LoadProgress<'_> {
     }
 }
 
-/// From the cache, or packed, and then written to the cache beside everything else.
+/// Progress over the shards of a model, whose beginnings and ends are not shown.
+struct ShardProgress<'a>(&'a LoadProgress<'a>);
+
+impl Progress for ShardProgress<'_> {
+    fn begin(&self, _: &str, _: u64) {}
+
+    fn advance(&self, bytes: u64) {
+        self.0.advance(bytes);
+    }
+
+    fn finish(&self) {}
+}
+
+/// Puts each shard onto its device; one after the other, so that host memory holds no more than for a whole model. Packed
+/// weights come from the cache, or are then written to the cache beside everything else.
 fn load_weights(
     config: &EngineConfig,
-    plan: &LoadPlan<'_>,
+    shards: &[LoadPlan<'_>],
     map: &WeightMap,
     target: &Target,
     shared: &Shared,
-) -> Result<(Vec<Buffer>, Option<Keeping>), StartError> {
-    let entry = map.arena().and_then(|_| weight_cache::entry(config.weight_cache.as_ref(), plan));
+) -> Result<(Vec<Vec<Buffer>>, Option<Keeping>), StartError> {
+    let mut entry = match shards {
+        [whole] => map.arena().and_then(|_| weight_cache::entry(config.weight_cache.as_ref(), whole)),
+        _ => None,
+    };
+    let (started, bytes) = (Instant::now(), shards.iter().map(LoadPlan::bytes).sum());
     if let Some(found) = entry.as_ref().and_then(|entry| entry.open()) {
-        tracing::info!(bytes = plan.bytes(), "packed weights are mapped from the cache");
-        return Ok((sink::arguments(target, map, found.matrices, &found.vectors)?, None));
+        tracing::info!(bytes, "packed weights are mapped from the cache");
+        return Ok((vec![sink::arguments(target, map, found.matrices, &found.vectors)?], None));
     }
     let console = config.progress.then(torus_weights::ConsoleProgress::new);
-    let mut sink = DeviceSink::new(target, shared, map)?;
-    let report = plan.run(&mut sink, &LoadProgress { console, shared })?;
-    tracing::info!(
-        weights = report.weights,
-        bytes = report.bytes,
-        seconds = report.elapsed.as_secs_f32(),
-        "weights loaded"
-    );
-    sink.finish(entry)
+    let progress = LoadProgress { console, shared };
+    progress.begin("loading weights", bytes);
+    let mut load = |(device, plan): (usize, &LoadPlan<'_>)| {
+        let mut sink = DeviceSink::new(target, device, shared, map)?;
+        plan.run(&mut sink, &ShardProgress(&progress))?;
+        sink.finish(entry.take())
+    };
+    let loaded = shards.iter().enumerate().map(&mut load).collect::<Result<Vec<_>, StartError>>();
+    progress.finish();
+    let (weights, keeping): (Vec<_>, Vec<_>) = loaded?.into_iter().unzip();
+    let (count, seconds) = (shards.first().map_or(0, |plan| plan.weights().len()), started.elapsed().as_secs_f32());
+    tracing::info!(weights = count, bytes, devices = shards.len(), seconds, "weights loaded");
+    Ok((weights, keeping.into_iter().flatten().next()))
 }
 
 /// Everything that decides machine code beside a program's text. What the plugins decide is in the text, so that another
@@ -232,7 +257,7 @@ fn cache_key(config: &EngineConfig, target: &Target) -> Result<CacheKey, StartEr
     let flags = cpu.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
     let mut key = CacheKey::new()
         .with("pjrt", config.device.plugin_sha256(config.cache_dir.as_deref())?)
-        .with("device", target.device.kind())
+        .with("device", target.kind())
         .with("cpu", flags)
         .with("version", env!("CARGO_PKG_VERSION"));
     for variable in ["XLA_FLAGS", "LIBTPU_INIT_ARGS", "PJRT_NPROC"] {
@@ -286,11 +311,15 @@ fn compile(
     let loader = |name: &str, text: Result<String, AssembleError>| -> Result<_, StartError> {
         Ok(compiler.compile(name, &text?)?)
     };
+    let parallel = blueprint.assembler.parallel;
     let loaders = Loaders {
-        initial_state: loader("the initial state", initial_state(&arguments, !blueprint.assembler.runs_kernels))?,
-        load_counts: loader("the token counts of a slot", load_row(&arguments.rows.token_counts))?,
-        load_bias: loader("the biases of a slot", load_row(&arguments.rows.bias))?,
-        load_pages: loader("the page table", load_pages(&arguments.rows.page_table))?,
+        initial_state: loader(
+            "the initial state",
+            initial_state(&arguments, !blueprint.assembler.runs_kernels, parallel),
+        )?,
+        load_counts: loader("the token counts of a slot", load_row(&arguments.rows.token_counts, parallel))?,
+        load_bias: loader("the biases of a slot", load_row(&arguments.rows.bias, parallel))?,
+        load_pages: loader("the page table", load_pages(&arguments.rows.page_table, parallel))?,
     };
     Ok(Programs { loaders, buckets, prompt_logprobs })
 }

@@ -62,10 +62,11 @@ pub(crate) fn plan(config: &EngineConfig, description: &ModelDescription) -> Res
 }
 
 impl Plan {
-    /// Sizes the pool, and limits what depends on it.
+    /// Sizes the pool, and limits what depends on it. Both sizes are those of one device.
     pub fn with_pages(mut self, config: &EngineConfig, page_bytes: u64, weight_bytes: u64) -> Result<Self, StartError> {
         let wanted = config.memory.max_total_tokens.map(|tokens| (tokens as u64).div_ceil(self.page_size));
-        let possible = kv_bytes(config, weight_bytes) / page_bytes.max(1);
+        let shards = config.device.shards_per_memory();
+        let possible = kv_bytes(config, weight_bytes * shards) / (page_bytes * shards).max(1);
         // A tiny model would else fill the memory with a cache it never needs.
         let useful = (self.max_running * self.pages_per_slot) as u64 * CACHED_CONTEXTS_PER_SLOT;
         let pages = wanted.unwrap_or(possible.min(useful));

@@ -1,7 +1,8 @@
-//! Hands weights to the device: each as it is assembled, or all of them packed in an arena.
+//! Hands weights to a device: each as it is assembled, or all of them packed in an arena.
 
 use std::io;
 
+use torus_abi::DType;
 use torus_pjrt::Buffer;
 use torus_weights::{AlignedBytes, CacheEntry, PlannedWeight, SinkError, WeightSink};
 
@@ -15,6 +16,7 @@ use crate::{
 
 pub(crate) struct DeviceSink<'a> {
     target: &'a Target,
+    device: usize,
     shared: &'a Shared,
     map: &'a WeightMap,
     /// Of weights that are arguments of their own.
@@ -28,7 +30,8 @@ pub(crate) struct DeviceSink<'a> {
 }
 
 impl<'a> DeviceSink<'a> {
-    pub fn new(target: &'a Target, shared: &'a Shared, map: &'a WeightMap) -> Result<Self, StartError> {
+    /// For the shard on device number `device`.
+    pub fn new(target: &'a Target, device: usize, shared: &'a Shared, map: &'a WeightMap) -> Result<Self, StartError> {
         let arena = map.arena().map(|tensor| {
             let bytes = tensor.bytes().unwrap_or(u64::MAX) as usize;
             let mut filled = AlignedBytes::zeroed(bytes).map_err(|source| no_memory(bytes, source))?;
@@ -36,11 +39,14 @@ impl<'a> DeviceSink<'a> {
             Ok::<_, StartError>((free, filled))
         });
         let arena = arena.transpose()?;
-        Ok(Self { target, shared, map, buffers: Vec::new(), arena, vectors: Vec::new(), reserved: 0, put: 0 })
+        Ok(Self { target, device, shared, map, buffers: Vec::new(), arena, vectors: Vec::new(), reserved: 0, put: 0 })
     }
 
     /// The arguments of the map, in order. Those that were packed are kept in `entry` from then on.
     pub fn finish(mut self, entry: Option<CacheEntry>) -> Result<(Vec<Buffer>, Option<Keeping>), StartError> {
+        if self.map.is_shared() {
+            self.buffers.push(self.target.upload_words(&[self.device as i32], DType::I32, &[], self.device)?);
+        }
         let Some((_, filled)) = self.arena else { return Ok((self.buffers, None)) };
         let filled = SharedBytes::new(filled);
         self.buffers.extend(arguments(self.target, self.map, filled.clone(), &self.vectors)?);
@@ -48,7 +54,7 @@ impl<'a> DeviceSink<'a> {
     }
 }
 
-/// The arguments that hold packed matrices and vectors.
+/// The arguments that hold packed matrices and vectors, of a model on one device.
 pub(crate) fn arguments<B>(
     target: &Target,
     map: &WeightMap,
@@ -59,7 +65,7 @@ where
     B: AsRef<[u8]> + Send + 'static,
 {
     let [arena, vector_argument] = map.arguments() else { return Ok(Vec::new()) };
-    Ok(vec![target.give(matrices, arena)?, target.upload(vectors, vector_argument)?])
+    Ok(vec![target.give(matrices, arena, 0)?, target.upload(vectors, vector_argument, 0)?])
 }
 
 fn no_memory(bytes: usize, source: io::Error) -> StartError {
@@ -88,7 +94,9 @@ impl WeightSink for DeviceSink<'_> {
         let place = &self.map.places()[self.put];
         self.put += 1;
         match (place, &mut self.arena) {
-            (Place::Argument { tensor, .. }, _) => self.buffers.push(self.target.give(bytes, tensor)?),
+            (Place::Argument { tensor, .. } | Place::Vocabulary { tensor, .. }, _) => {
+                self.buffers.push(self.target.give(bytes, tensor, self.device)?);
+            }
             (Place::Vector { .. }, _) => self.vectors.extend_from_slice(&bytes),
             (Place::Packed { .. }, Some((_, filled))) => {
                 let misplaced = |_| format!("'{}' does not follow the weight before it", weight.name);

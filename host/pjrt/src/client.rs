@@ -1,6 +1,10 @@
 //! Clients and their devices.
 
-use std::{fmt, ptr::NonNull, sync::Arc};
+use std::{
+    fmt,
+    ptr::NonNull,
+    sync::{Arc, Mutex},
+};
 
 use pjrt_sys::{PJRT_Client, PJRT_Device};
 
@@ -34,6 +38,8 @@ pub(crate) struct ClientHandle {
     plugin: Arc<Plugin>,
     platform_name: String,
     platform_version: String,
+    /// Held while a program is put into the queues of several devices.
+    pub(crate) launch: Mutex<()>,
 }
 
 // SAFETY: PJRT clients may be used from any thread; the rest is immutable.
@@ -99,6 +105,13 @@ impl Device {
         &self.description
     }
 
+    /// Bytes of its memory that programs can use, if the plugin says so: of the allocator, else of the description.
+    pub fn memory_limit(&self) -> Option<u64> {
+        let allocator = self.memory_stats().ok().and_then(|stats| stats.bytes_limit);
+        let described = || self.description.memory_limit();
+        allocator.and_then(|bytes| u64::try_from(bytes).ok()).filter(|bytes| *bytes > 0).or_else(described)
+    }
+
     /// What the allocator of the device has handed out. Plugins without one (XLA's CPU client) do not support this.
     pub fn memory_stats(&self) -> Result<DeviceMemoryStats> {
         let mut args = args!(PJRT_Device_MemoryStats_Args { device: self.raw.as_ptr() });
@@ -146,6 +159,7 @@ impl Client {
             plugin: Arc::clone(plugin),
             platform_name: String::new(),
             platform_version: String::new(),
+            launch: Mutex::new(()),
         };
 
         let mut name = args!(PJRT_Client_PlatformName_Args { client: raw.as_ptr() });
@@ -222,5 +236,6 @@ mod tests {
     fn memory_of_the_cpu_is_not_accounted() {
         let device = cpu_client(&cpu_plugin(), 1).devices().unwrap().remove(0);
         assert!(device.memory_stats().unwrap_err().is_unsupported());
+        assert_eq!(device.memory_limit(), None);
     }
 }

@@ -1,6 +1,11 @@
 //! Programs that run: compiling, loading and executing them.
 
-use std::{fmt, ops::Deref, ptr::NonNull, sync::Arc};
+use std::{
+    fmt,
+    ops::Deref,
+    ptr::NonNull,
+    sync::{Arc, PoisonError},
+};
 
 use pjrt_sys::{PJRT_Buffer, PJRT_Event, PJRT_LoadedExecutable};
 
@@ -195,8 +200,11 @@ impl LoadedExecutable {
             output_lists: output_lists.as_ptr(),
             device_complete_events: events.as_mut_ptr(),
         });
+        // Devices that exchange wait for each other: two programs must be in the queues of all of them in the same order.
+        let together = (num_devices > 1).then(|| self.client.launch.lock().unwrap_or_else(PoisonError::into_inner));
         // SAFETY: the executable and all arguments are alive, and every list is as long as the struct says.
         unsafe { self.client.api.call(&mut args) }?;
+        drop(together);
 
         // SAFETY: after success the lists are filled with objects that are ours.
         let buffer = |raw| unsafe { Buffer::from_raw(raw, &self.client) };

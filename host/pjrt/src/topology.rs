@@ -29,6 +29,12 @@ pub struct DeviceDescription {
 }
 
 impl DeviceDescription {
+    /// Bytes of its memory that programs can use, if the plugin says so.
+    pub fn memory_limit(&self) -> Option<u64> {
+        let bytes = self.attributes.get("device_memory_bytes_limit")?.as_int()?;
+        u64::try_from(bytes).ok().filter(|bytes| *bytes > 0)
+    }
+
     /// # Safety
     /// `raw` is a living device description of this plugin.
     pub(crate) unsafe fn read(api: Api, raw: *mut PJRT_DeviceDescription) -> Result<Self> {

@@ -5,8 +5,8 @@ use std::{path::PathBuf, time::Duration};
 use super::{
     models::{ModelSpec, model_spec},
     values::{
-        ChunkSize, Device, Dtype, KvCacheDtype, Policy, Quantization, Switch, WeightCacheFrom, chunk_size, factor,
-        fraction, gib_or_off, positive, seconds,
+        ChunkSize, CompileMode, Device, Dtype, KvCacheDtype, Policy, Quantization, Switch, WeightCacheFrom, chunk_size,
+        factor, fraction, gib_or_off, positive, seconds,
     },
 };
 
@@ -71,7 +71,8 @@ pub struct DeviceArgs {
     /// What computes
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     pub device: Device,
-    /// Library that drives the device [default: for a TPU $TPU_LIBRARY_PATH, else the one in the cache folder]
+    /// Library that drives the device [default: for a TPU $TPU_LIBRARY_PATH, else that of the installed Python package libtpu;
+    /// else the one in the cache folder]
     #[arg(long, value_name = "FILE", env = "TORUS_PJRT_PLUGIN", hide_env_values = true)]
     pub pjrt_plugin: Option<PathBuf>,
     /// Folder for compiled programs, PJRT plugins and copies of plugins [default: 'torus' in the user's cache folder]
@@ -81,6 +82,13 @@ pub struct DeviceArgs {
     /// at the next start; 'off' keeps none
     #[arg(long, value_name = "GIB", default_value = "1", value_parser = gib_or_off)]
     pub weight_cache_from: WeightCacheFrom,
+    /// Flags for the compiler of the device, such as '--xla_dump_to=FOLDER'; they follow those of $XLA_FLAGS, for a TPU of
+    /// $LIBTPU_INIT_ARGS
+    #[arg(long, value_name = "FLAGS", allow_hyphen_values = true)]
+    pub xla_flags: Option<String>,
+    /// How programs are compiled: for the fastest steps, or for an early start
+    #[arg(long, value_name = "MODE", default_value = "best")]
+    pub compile_mode: CompileMode,
     /// Threads that compute on a CPU [default: as CPU affinity and the cgroup allow]
     #[arg(long, value_name = "N", value_parser = positive)]
     pub threads: Option<usize>,
@@ -163,11 +171,12 @@ pub struct PluginArgs {
 }
 
 #[derive(Clone, Debug, clap::Args)]
-#[command(next_help_heading = "Several devices (not supported yet: refused)")]
+#[command(next_help_heading = "Several devices")]
 pub struct ParallelArgs {
-    /// Devices that share a model; only 1 for now
-    #[arg(long, alias = "tensor-parallel-size", alias = "tp", value_name = "N", default_value_t = 1)]
-    pub tp_size: usize,
+    /// Devices that share each model, each with a part of every matrix, of the heads and of the vocabulary (a TPU7x chip
+    /// counts as two); on a CPU, parts of it act as devices, which is for trying only
+    #[arg(long, alias = "tensor-parallel-size", alias = "tp", value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub tp_size: u32,
     /// Machines that share a model; only 1 for now
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub nnodes: usize,

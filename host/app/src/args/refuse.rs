@@ -2,7 +2,7 @@
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 
-use super::{Device, Dtype, EngineArgs};
+use super::{CompileMode, Device, Dtype, EngineArgs};
 
 /// An option that was given and cannot be served.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -19,9 +19,6 @@ fn refused(option: &str, reason: impl Into<String>) -> Result<(), Refused> {
 /// Refuses options of [`EngineArgs`] whose feature is not there yet.
 pub fn check(args: &EngineArgs) -> Result<(), Refused> {
     let (parallel, speculative) = (&args.parallel, &args.speculative);
-    if parallel.tp_size != 1 {
-        refused("--tp-size", "several devices for one model are not supported yet; leave it out or give 1")?;
-    }
     if parallel.nnodes != 1 {
         refused("--nnodes", "several machines for one model are not supported yet; leave it out or give 1")?;
     }
@@ -46,6 +43,9 @@ pub fn check(args: &EngineArgs) -> Result<(), Refused> {
     }
     if args.model.dtype == Dtype::Float16 {
         refused("--dtype float16", "this dtype is not supported yet; give bfloat16, float32 or auto")?;
+    }
+    if args.device.compile_mode == CompileMode::Fast {
+        refused("--compile-mode fast", "programs that loop over their layers are not supported yet; leave it out")?;
     }
     if args.device.device == Device::Cuda && args.device.pjrt_plugin.is_none() {
         refused(
@@ -291,11 +291,10 @@ mod tests {
             Command::Serve(args) => check(&args.engine).err().map(|refused| refused.option),
             other => panic!("{other:?}"),
         };
+        assert_eq!(check("--tp=4 --xla-flags --xla_a=1 --compile-mode best"), None);
         assert_eq!(check("--tp-size 1 --nnodes=1 --node-rank 0 --dtype bfloat16 --device tpu"), None);
         assert_eq!(check("--device cuda --pjrt-plugin x.so"), None);
         let cases = [
-            ("--tp-size 2", "--tp-size"),
-            ("--tp=4", "--tp-size"),
             ("--nnodes 2", "--nnodes"),
             ("--node-rank 1", "--node-rank"),
             ("--dist-init-addr a:1", "--dist-init-addr"),
@@ -303,6 +302,7 @@ mod tests {
             ("--speculative-draft-model d", "--speculative-draft-model-path"),
             ("--speculative-num-steps=3", "--speculative-num-steps"),
             ("--dtype half", "--dtype float16"),
+            ("--compile-mode fast", "--compile-mode fast"),
             ("--device cuda", "--device cuda"),
         ];
         for (options, expected) in cases {

@@ -17,6 +17,15 @@ impl Device {
     }
 }
 
+/// `--compile-mode`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum CompileMode {
+    /// Layer after layer: the next one's weights are fetched meanwhile.
+    Best,
+    /// Not supported yet: refused.
+    Fast,
+}
+
 /// `--dtype`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Dtype {

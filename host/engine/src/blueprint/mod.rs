@@ -86,15 +86,22 @@ impl Blueprint {
         );
         let interface = attention.attention().ok_or_else(|| invalid("attention_backend", "it offers no attention"))?;
         let runs_kernels = config.device.platform() == Platform::Cpu;
+        let parallel = description.parallel;
+        if runs_kernels && config.cpu_kernels && parallel.tensor > 1 {
+            tracing::info!(
+                "the CPU's native kernels serve whole models only: XLA's code computes the shards of this one"
+            );
+        }
         let assembler = Assembler {
             model,
             attention: interface.clone(),
             queries: queries.iter().map(|query| AttentionQuery { shape: plan.shape(1, 1), ..query.clone() }).collect(),
             activations,
-            weights: WeightMap::new(weights, &description.weights),
+            weights: WeightMap::new(weights, &description.weights, parallel),
             max_running: plan.max_running as u64,
             runs_kernels,
-            own_kernels: runs_kernels && config.cpu_kernels,
+            parallel,
+            own_kernels: open::runs_own_kernels(config),
             description,
         };
         Ok(Self { plugin, attention, plan, assembler, page_bytes, weight_bytes })

@@ -6,6 +6,7 @@ use serde_json::Value;
 use torus_abi::{
     DType,
     model::{GgufAnswer, ModelDescription, ModelOptions, Parallel, WeightRole, WeightSpec},
+    shard::Shard,
 };
 use torus_cpu::packed::Format;
 use torus_plugins::{ModelInterface, OpenModel, Plugin};
@@ -56,18 +57,24 @@ impl OpenedModel {
         gguf: Option<GgufAnswer>,
         hf_config: Value,
     ) -> Result<Self, StartError> {
-        let options = ModelOptions { config: hf_config, parallel: Parallel::default() };
+        let parallel = config.device.parallel();
+        let options = ModelOptions { config: hf_config, parallel };
         let model = interface(&plugin)?.open(&options)?;
         let description = model.describe()?;
-        check_description(plugin.name(), &description)?;
+        check_description(plugin.name(), &description, parallel)?;
         let activations = activations(config.dtype, description.dtype);
         Ok(Self { plugin, gguf, model, description, activations })
     }
 
-    /// What each weight becomes, held against the checkpoint.
-    pub fn load_plan<'a>(&self, config: &EngineConfig, checkpoint: &'a Checkpoint) -> Result<LoadPlan<'a>, StartError> {
+    /// What each weight becomes on each of the devices, held against the checkpoint.
+    pub fn load_plans<'a>(
+        &self,
+        config: &EngineConfig,
+        checkpoint: &'a Checkpoint,
+    ) -> Result<Vec<LoadPlan<'a>>, StartError> {
         let storage = |spec: &WeightSpec| self.storage(config, spec);
-        Ok(LoadPlan::new(checkpoint, &self.description, self.gguf.as_ref(), storage)?)
+        let plan = |shard| LoadPlan::for_shard(checkpoint, &self.description, self.gguf.as_ref(), storage, shard);
+        Ok(Shard::all(config.device.parallel()).map(plan).collect::<Result<_, _>>()?)
     }
 
     /// What each weight would become if it came from a checkpoint of floating-point numbers.
@@ -76,7 +83,7 @@ impl OpenedModel {
     /// If weights are packed for the device: how, only their values' types say.
     pub fn weight_shapes(&self, config: &EngineConfig) -> Result<Vec<PlannedWeight>, StartError> {
         let shape = |spec: &WeightSpec| match self.storage(config, spec) {
-            WeightTarget::Dense(dtype) => Ok(PlannedWeight::of_shape(spec, dtype)),
+            WeightTarget::Dense(dtype) => Ok(PlannedWeight::of_shape(spec, dtype, self.description.parallel)?),
             WeightTarget::Packed { .. } => {
                 Err(invalid("model", "the kernels of a CPU need to know the checkpoint; a config.json is not enough"))
             }
@@ -89,7 +96,7 @@ impl OpenedModel {
         if spec.role == WeightRole::Vector {
             return WeightTarget::Dense(StorageDType::F32);
         }
-        if on_cpu && config.cpu_kernels {
+        if runs_own_kernels(config) {
             return WeightTarget::Packed {
                 floats: match self.activations {
                     _ if config.quantize_int8 => Format::Q8,
@@ -109,12 +116,21 @@ impl OpenedModel {
     }
 }
 
+/// Whether the host's native kernels compute: on a CPU, for a model that is whole.
+pub(crate) fn runs_own_kernels(config: &EngineConfig) -> bool {
+    config.device.platform() == Platform::Cpu && config.cpu_kernels && config.device.parallel().tensor == 1
+}
+
 fn interface(plugin: &Plugin) -> Result<&ModelInterface, StartError> {
     plugin.model().ok_or_else(|| invalid("model", "the plugin offers no model"))
 }
 
 /// What the host indexes by must be there.
-fn check_description(plugin: &str, description: &ModelDescription) -> Result<(), StartError> {
+fn check_description(plugin: &str, description: &ModelDescription, parallel: Parallel) -> Result<(), StartError> {
+    if description.parallel != parallel {
+        let message = format!("plugin '{plugin}' does not split models over devices; leave it out or give 1");
+        return Err(invalid("--tp-size", message));
+    }
     let kinds = description.kinds.len();
     match description.layers.iter().position(|kind| *kind >= kinds) {
         None if description.vocab > 0 && description.context_length > 0 => Ok(()),

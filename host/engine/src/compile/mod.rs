@@ -37,7 +37,13 @@ pub struct CompileError {
 
 impl<'a> Compiler<'a> {
     /// `base` holds what decides the machine code beside module and options (plugins, device, flags).
-    pub fn new(client: Client, shared: &'a Shared, cache_dir: Option<&Path>, base: CacheKey) -> Self {
+    pub fn new(
+        client: Client,
+        shared: &'a Shared,
+        cache_dir: Option<&Path>,
+        base: CacheKey,
+        options: CompileOptions,
+    ) -> Self {
         let open = |folder: &Path| match ExecutableCache::open(folder) {
             Ok(cache) => Some(cache),
             Err(error) => {
@@ -45,7 +51,7 @@ impl<'a> Compiler<'a> {
                 None
             }
         };
-        Self { client, shared, options: CompileOptions::default(), cache: cache_dir.and_then(open), base }
+        Self { client, shared, options, cache: cache_dir.and_then(open), base }
     }
 
     pub fn compile(&self, name: &str, module: &str) -> Result<LoadedExecutable, CompileError> {

@@ -6,8 +6,11 @@ use std::{
     sync::{Arc, Mutex, OnceLock},
 };
 
-use torus_abi::{DType, TensorType};
-use torus_pjrt::{Buffer, Client, Device as PjrtDevice, ElementType, OptionValue, PjrtError, Plugin as PjrtPlugin};
+use torus_abi::{DType, TensorType, model::Parallel};
+use torus_pjrt::{
+    Buffer, Client, CompileOptions, Device as PjrtDevice, ElementType, OptionValue, OverrideValue, PjrtError,
+    Plugin as PjrtPlugin,
+};
 
 use super::hash::file_hash;
 use crate::{
@@ -37,6 +40,16 @@ impl Device {
         self.0.config.platform
     }
 
+    /// Over how many devices models are split.
+    pub(crate) fn parallel(&self) -> Parallel {
+        Parallel { tensor: self.0.config.tensor_parallel.max(1) }
+    }
+
+    /// In how many parts the weights and pools of a model lie in one memory: on a CPU all devices share it.
+    pub(crate) fn shards_per_memory(&self) -> u64 {
+        if self.platform() == Platform::Cpu { u64::from(self.parallel().tensor) } else { 1 }
+    }
+
     pub(crate) fn cpu_threads(&self) -> Option<usize> {
         self.0.config.cpu_threads
     }
@@ -48,15 +61,21 @@ impl Device {
             return Ok(target.clone());
         }
         let plugin = PjrtPlugin::load(&self.0.config.pjrt_plugin)?;
+        let count = self.parallel().tensor as usize;
         let options = match self.platform() {
-            Platform::Cpu => vec![("cpu_device_count".to_owned(), OptionValue::Int(1))],
+            Platform::Cpu => vec![("cpu_device_count".to_owned(), OptionValue::Int(count as i64))],
             Platform::Tpu | Platform::Cuda => Vec::new(),
         };
         let client = Client::new(&plugin, &options)?;
-        let device = client.devices()?.into_iter().next();
-        let message = "the device plugin finds no device".to_owned();
-        let device = device.ok_or(StartError::Config { field: "--device", message })?;
-        Ok(opened.insert(Target { plugin, client, device }).clone())
+        let mut devices = client.devices()?;
+        devices.retain(PjrtDevice::is_addressable);
+        if devices.len() < count {
+            let message =
+                format!("{count} devices are to share the model, and the device plugin finds {}", devices.len());
+            return Err(StartError::Config { field: "--tp-size", message });
+        }
+        devices.truncate(count);
+        Ok(opened.insert(Target { plugin, client, devices }).clone())
     }
 
     /// Opens the device on a thread of its own, so that it is there when an engine needs it: that takes a good part of a
@@ -86,48 +105,78 @@ impl fmt::Debug for Device {
     }
 }
 
-/// A client and the one device of it that this engine uses.
+/// A client and the devices of it that engines use together: shard `i` of a model is on device `i`.
 #[derive(Clone)]
 pub(crate) struct Target {
     pub plugin: Arc<PjrtPlugin>,
     pub client: Client,
-    pub device: PjrtDevice,
+    pub devices: Vec<PjrtDevice>,
 }
 
 impl Target {
     /// The device in the words that plugins are told.
     pub fn description(&self) -> torus_abi::attention::Target {
-        let (platform, device_kind) = (self.client.platform_name().to_owned(), self.device.kind().to_owned());
+        let (platform, device_kind) = (self.client.platform_name().to_owned(), self.kind().to_owned());
         torus_abi::attention::Target { platform, device_kind }
     }
 
-    pub fn upload(&self, bytes: &[u8], tensor: &TensorType) -> Result<Buffer, PjrtError> {
+    /// What programs can use of each device's memory, if it has its own and says so.
+    pub fn memory_bytes(&self) -> Option<u64> {
+        self.devices.iter().filter_map(PjrtDevice::memory_limit).min()
+    }
+
+    /// What sort of devices they are.
+    pub fn kind(&self) -> &str {
+        self.devices.first().map_or("", PjrtDevice::kind)
+    }
+
+    /// How programs that run on all of them are compiled.
+    pub fn compile_options(&self, platform: Platform) -> CompileOptions {
+        compile_options(platform, self.devices.iter().map(|device| i64::from(device.id())).collect())
+    }
+
+    pub fn upload(&self, bytes: &[u8], tensor: &TensorType, device: usize) -> Result<Buffer, PjrtError> {
         let dims: Vec<i64> = tensor.dims.iter().map(|dim| *dim as i64).collect();
-        self.client.buffer_from_host(bytes, element(tensor.dtype), &dims, &self.device)
+        self.client.buffer_from_host(bytes, element(tensor.dtype), &dims, &self.devices[device])
     }
 
     /// Hands memory over; a device that shares the host's takes it without a copy.
-    pub fn give<B>(&self, bytes: B, tensor: &TensorType) -> Result<Buffer, PjrtError>
+    pub fn give<B>(&self, bytes: B, tensor: &TensorType, device: usize) -> Result<Buffer, PjrtError>
     where
         B: AsRef<[u8]> + Send + 'static,
     {
         let dims: Vec<i64> = tensor.dims.iter().map(|dim| *dim as i64).collect();
-        self.client.buffer_from_owned(bytes, element(tensor.dtype), &dims, &self.device)
+        self.client.buffer_from_owned(bytes, element(tensor.dtype), &dims, &self.devices[device])
     }
 
     /// Zeros in memory that programs update in place. On a device that shares the host's memory, the system clears a page
     /// when it is first touched, and what is never used takes none.
-    pub fn zeros(&self, tensor: &TensorType) -> Result<Buffer, PjrtError> {
+    pub fn zeros(&self, tensor: &TensorType, device: usize) -> Result<Buffer, PjrtError> {
         let bytes = tensor.bytes().unwrap_or(u64::MAX) as usize;
         let memory = torus_weights::AlignedBytes::zeroed(bytes)
             .map_err(|error| PjrtError::Invalid(format!("{bytes} bytes cannot be had: {error}")))?;
         let dims: Vec<i64> = tensor.dims.iter().map(|dim| *dim as i64).collect();
-        self.client.buffer_from_owned_mut(memory, element(tensor.dtype), &dims, &self.device)
+        self.client.buffer_from_owned_mut(memory, element(tensor.dtype), &dims, &self.devices[device])
     }
 
-    pub fn upload_words(&self, words: &[i32], dtype: DType, dims: &[u64]) -> Result<Buffer, PjrtError> {
+    pub fn upload_words(&self, words: &[i32], dtype: DType, dims: &[u64], device: usize) -> Result<Buffer, PjrtError> {
         let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
-        self.upload(&bytes, &TensorType::new(dtype, dims))
+        self.upload(&bytes, &TensorType::new(dtype, dims), device)
+    }
+}
+
+/// How programs are compiled that run on the devices of these ids together, one shard on each.
+pub fn compile_options(platform: Platform, device_ids: Vec<i64>) -> CompileOptions {
+    let options = CompileOptions::partitioned(device_ids.len() as u32);
+    let options = match device_ids.len() {
+        // The first device, whatever its id.
+        1 => options,
+        _ => CompileOptions { device_ids, ..options },
+    };
+    match platform {
+        // One body of a layer for all of them: a tenth of the code, and the same schedule.
+        Platform::Tpu => options.with("xla_tpu_enable_deduplicated_calls", OverrideValue::Bool(true)),
+        Platform::Cpu | Platform::Cuda => options,
     }
 }
 

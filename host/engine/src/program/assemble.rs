@@ -5,7 +5,7 @@ use torus_abi::{
     DType, TensorType,
     attention::{AttentionAnswer, AttentionQuery, EmitAttention},
     fragment::{Fragment, Operand},
-    model::{EmitModel, ModelDescription, ModelPart, StateHandle},
+    model::{EmitModel, ModelDescription, ModelPart, Parallel, StateHandle},
     step::{StepInput, StepShape},
 };
 use torus_hlo::{
@@ -18,7 +18,7 @@ use torus_plugins::{
 };
 
 use super::{Field, Rows, StepLayout, WeightMap, imports, native::Native};
-use crate::sampling::{RowParameters, SamplingInputs, sample, sample_natively};
+use crate::sampling::{RowParameters, SamplingInputs, Vocabulary, sample, sample_natively};
 
 /// Everything that programs of one engine have in common.
 pub(crate) struct Assembler {
@@ -30,6 +30,8 @@ pub(crate) struct Assembler {
     pub activations: DType,
     pub weights: WeightMap,
     pub max_running: u64,
+    /// Over how many devices a program is split; its text is that of one.
+    pub parallel: Parallel,
     /// Whether the device can call native kernels of plugins.
     pub runs_kernels: bool,
     /// Whether to call the host's own where it has some.
@@ -72,9 +74,9 @@ pub(crate) struct RowArrays {
     pub last_tokens: TensorType,
     /// `i32 [page_table]`
     pub page_table: TensorType,
-    /// `i32 [slots, vocab]`
+    /// `i32 [slots, vocab]`, of this device's part of the vocabulary
     pub token_counts: TensorType,
-    /// `f32 [slots, vocab]`
+    /// `f32 [slots, vocab]`, of this device's part of the vocabulary
     pub bias: TensorType,
     /// `u32 [slots, words]`
     pub allowed: TensorType,
@@ -104,6 +106,7 @@ impl Assembler {
         let layers = self.description.layers.iter();
         let slots = self.max_running + 1;
         let vocab = self.description.vocab;
+        let part = self.parallel.vocab(vocab);
         let ty = |dtype, dims: &[u64]| TensorType::new(dtype, dims);
         Ok(Arguments {
             weights: self.weights.arguments().to_vec(),
@@ -111,8 +114,8 @@ impl Assembler {
             rows: RowArrays {
                 last_tokens: ty(DType::I32, &[slots]),
                 page_table: ty(DType::I32, &[shape.page_table]),
-                token_counts: ty(DType::I32, &[slots, vocab]),
-                bias: ty(DType::F32, &[slots, vocab]),
+                token_counts: ty(DType::I32, &[slots, part]),
+                bias: ty(DType::F32, &[slots, part]),
                 allowed: ty(DType::U32, &[slots, vocab.div_ceil(32)]),
             },
         })
@@ -244,13 +247,15 @@ impl Parts<'_> {
         }
         let native = Native { kinds: self.answers };
         let functions = link::link(&units, &["main"], &mut |import| {
-            imports::implement(import, &native, &|kind| serving.get(kind).cloned().unwrap_or_default())
+            imports::implement(import, &native, self.assembler.parallel, &|kind| {
+                serving.get(kind).cloned().unwrap_or_default()
+            })
         })?;
         let kernel = functions.iter().flat_map(|function| &function.kernels).next();
         if let (Some(kernel), false) = (kernel, self.assembler.runs_kernels) {
             return Err(AssembleError::KernelOffCpu(kernel.clone()));
         }
-        Ok(torus_hlo::module_text("step", 1, &functions))
+        Ok(torus_hlo::module_text("step", self.assembler.parallel.tensor, &functions))
     }
 
     fn main<'f>(&self, func: &'f Func<'f>) -> Result<Vec<Value<'f>>, LinkError> {
@@ -282,7 +287,11 @@ impl Parts<'_> {
         scope.call(func, self.head, "head")?;
         let logits = scope.require(Operand::Logits, self.head, "head")?.named(&[ROWS, VOCAB]);
         let slots = packed.get(Field::Slots, ROWS);
+        let assembler = self.assembler;
+        let vocabulary =
+            Vocabulary::new(assembler.description.vocab, assembler.parallel, assembler.weights.shard(&weights));
         let inputs = SamplingInputs {
+            vocabulary,
             logits,
             slots,
             bias_slots: packed.get(Field::BiasSlots, ROWS),
@@ -292,7 +301,7 @@ impl Parts<'_> {
             rows: packed.row_parameters(),
             flags: packed.scalar(Field::Flags),
         };
-        let sampled = if self.assembler.own_kernels { sample_natively(&inputs, num_rows) } else { sample(&inputs) };
+        let sampled = if assembler.own_kernels { sample_natively(&inputs, num_rows) } else { sample(&inputs) };
         let mut results = Vec::new();
         for meaning in &pools {
             results.push(scope.require(meaning.clone(), self.hidden, "hidden")?);
@@ -300,7 +309,8 @@ impl Parts<'_> {
         let ones = sampled.tokens.full_like(1);
         results.push(arrays.last_tokens.scatter(&[(SLOTS, slots)], sampled.tokens, Scatter::set()));
         results.push(page_table);
-        results.push(arrays.token_counts.scatter(&[(SLOTS, slots), (VOCAB, sampled.tokens)], ones, Scatter::add()));
+        let places = [(SLOTS, slots), (VOCAB, vocabulary.place(sampled.tokens))];
+        results.push(arrays.token_counts.scatter(&places, ones, Scatter::add()));
         results.push(sampled.result);
         Ok(results)
     }

@@ -1,14 +1,18 @@
 //! The host's own implementations of what models import: native kernels where the weights are packed for them
 //! (`super::native`), else embedding and linear over dense weights in plain StableHLO.
 //!
+//! Where devices share a model, a product whose input features are split is summed over them, and each embeds the tokens of
+//! its part of the vocabulary. A head gives the logits of that part.
+//!
 //! Coarser imports (`gated_mlp`, `attention_block`) have no StableHLO here and fall back to the default bodies of the
 //! model's fragment. Kernels and quantized storage come in at this place: a model never learns of them.
 
 use torus_abi::{
     DType, TensorType,
-    fragment::{Import, Operation},
+    fragment::{Import, LinearRole, Operation},
+    model::Parallel,
 };
-use torus_hlo::{Axis, Builder, Dot, Shape};
+use torus_hlo::{Axis, Builder, Dot, Group, Shape};
 use torus_plugins::{LinkError, link::Implementation};
 
 use super::native::{self, Native};
@@ -17,10 +21,15 @@ const ROWS: Axis = Axis("rows");
 const IN: Axis = Axis("in");
 const OUT: Axis = Axis("out");
 
+/// The exchanges of row-split products, and that of the embedding.
+const SUM_CHANNEL: u32 = 1;
+const EMBED_CHANNEL: u32 = 2;
+
 /// Supplies an import; `attention` names the function that serves a kind of layers.
 pub(crate) fn implement(
     import: &Import,
     native: &Native<'_>,
+    parallel: Parallel,
     attention: &dyn Fn(usize) -> String,
 ) -> Result<Implementation, LinkError> {
     if let Some(implementation) = native::implement(import, native)? {
@@ -29,8 +38,19 @@ pub(crate) fn implement(
     match &import.operation {
         Operation::Attention { kind, .. } => Ok(Implementation::Alias(attention(*kind))),
         Operation::GatedMlp { .. } | Operation::AttentionBlock { .. } => Ok(Implementation::Default),
+        Operation::Embed { result, .. } if parallel.tensor > 1 => embed_shared(import, parallel, *result),
         Operation::Embed { result, .. } => embed(import, *result),
-        Operation::Linear { bias, residual, result, .. } => linear(import, bias.is_some(), *residual, *result),
+        Operation::Linear { weight, role, bias, residual, result } => {
+            let sums = *role == LinearRole::Row && parallel.tensor > 1;
+            let linear = Linear {
+                weight_parts: weight.parts,
+                bias: bias.is_some(),
+                residual: *residual,
+                result: *result,
+                sum: sums.then(|| Group::all(parallel.tensor, SUM_CHANNEL)),
+            };
+            linear.implement(import)
+        }
     }
 }
 
@@ -46,28 +66,65 @@ fn embed(import: &Import, result: DType) -> Result<Implementation, LinkError> {
     })
 }
 
-/// `(x [rows, in], weight [out, in], bias [out]?, residual [rows, out]?) -> [rows, out]`, summed in f32.
-fn linear(import: &Import, bias: bool, residual: bool, result: DType) -> Result<Implementation, LinkError> {
-    let types = &import.arguments;
-    if types.len() != 2 + usize::from(bias) + usize::from(residual) {
-        return Err(malformed(import));
-    }
+/// `(tokens [rows], weight [out, in], device []) -> [rows, in]`: each device holds as many rows of the table, and all but one
+/// give zeros for a token.
+fn embed_shared(import: &Import, parallel: Parallel, result: DType) -> Result<Implementation, LinkError> {
+    let [tokens, weight, _] = arguments(import)?;
     functions(import, |builder| {
         builder.define(&import.symbol, |f| {
-            let x = f.argument(named(&types[0], &[ROWS, IN]));
-            let weight = f.argument(named(&types[1], &[OUT, IN]));
-            // Weights kept wider than the activations are multiplied as they are.
-            let x = if weight.dtype() == DType::F32 { x.convert(DType::F32) } else { x };
-            let mut y = x.dot(weight, Dot::over(IN).result(DType::F32));
-            if bias {
-                y = y + f.argument(named(&types[2], &[OUT])).convert(DType::F32);
-            }
-            if residual {
-                y = y + f.argument(named(&types[types.len() - 1], &[ROWS, OUT])).convert(DType::F32);
-            }
-            vec![y.convert(result)]
+            let tokens = f.argument(named(tokens, &[ROWS]));
+            let weight = f.argument(named(weight, &[OUT, IN]));
+            let device = f.argument(Shape::scalar(DType::I32));
+            let place = tokens - device * weight.size(OUT) as i32;
+            let is_here = place.ge(0i32) & place.lt(weight.size(OUT) as i32);
+            let row = weight.take(OUT, place).convert(result);
+            let row = is_here.select(row, row.full_like(0.0f32));
+            vec![row.all_reduce_sum(&Group::all(parallel.tensor, EMBED_CHANNEL))]
         });
     })
+}
+
+/// `(x [rows, in], weight [out, in], bias [out]?, residual [rows, out]?) -> [rows, out]`, summed in f32.
+struct Linear {
+    /// Of which the first is the matrix.
+    weight_parts: usize,
+    bias: bool,
+    residual: bool,
+    result: DType,
+    /// The devices whose products are summed, in the dtype of the result.
+    sum: Option<Group>,
+}
+
+impl Linear {
+    fn implement(&self, import: &Import) -> Result<Implementation, LinkError> {
+        let types = &import.arguments;
+        let beside = usize::from(self.bias) + usize::from(self.residual);
+        if self.weight_parts == 0 || types.len() != 1 + self.weight_parts + beside {
+            return Err(malformed(import));
+        }
+        functions(import, |builder| {
+            builder.define(&import.symbol, |f| {
+                let x = f.argument(named(&types[0], &[ROWS, IN]));
+                let weight = f.argument(named(&types[1], &[OUT, IN]));
+                for part in &types[2..1 + self.weight_parts] {
+                    f.argument(Shape::opaque(part));
+                }
+                // Weights kept wider than the activations are multiplied as they are.
+                let x = if weight.dtype() == DType::F32 { x.convert(DType::F32) } else { x };
+                let mut y = x.dot(weight, Dot::over(IN).result(DType::F32));
+                if let Some(group) = &self.sum {
+                    y = y.convert(self.result).all_reduce_sum(group).convert(DType::F32);
+                }
+                if self.bias {
+                    y = y + f.argument(named(&types[1 + self.weight_parts], &[OUT])).convert(DType::F32);
+                }
+                if self.residual {
+                    y = y + f.argument(named(&types[types.len() - 1], &[ROWS, OUT])).convert(DType::F32);
+                }
+                vec![y.convert(self.result)]
+            });
+        })
+    }
 }
 
 fn arguments<const N: usize>(import: &Import) -> Result<&[TensorType; N], LinkError> {

@@ -4,13 +4,15 @@
 //! argument and vectors in another: XLA spends about 2 us a step on each argument of a program, and a model has
 //! hundreds of weights. A packed matrix is then three tensors to a model: the arena, its place in it, and how many rows
 //! of activations are real, so that the kernels leave the padding of a bucket out.
+//!
+//! Where devices share a model, a last argument is the device's number. The embedding has it as a second part.
 
 use std::ops::Range;
 
 use torus_abi::{
     DType, TensorType,
     fragment::{Operand, WeightHandle},
-    model::{WeightRole, WeightSpec},
+    model::{Parallel, WeightRole, WeightSpec},
 };
 use torus_cpu::packed::{ALIGNMENT, GROUP, Layout};
 use torus_hlo::{Axis, Func, Shape, Value};
@@ -21,6 +23,9 @@ pub(crate) const PACKED: &str = "packed";
 /// As [`PACKED`]; its first half of rows can be computed side by side with the second.
 pub(crate) const PACKED_HALVES: &str = "packed-halves";
 
+/// Begins what it says of a vocabulary that devices share: the second part is the device's number.
+pub(crate) const SHARED: &str = "shared-";
+
 /// The arguments that hold a model's weights, and where each weight lies in them.
 #[derive(Clone, Debug)]
 pub(crate) struct WeightMap {
@@ -29,12 +34,16 @@ pub(crate) struct WeightMap {
     arguments: Vec<TensorType>,
     /// Bytes of the weights that a step reads whole.
     bytes_per_step: u64,
+    /// The argument that is the device's number.
+    shard: Option<usize>,
 }
 
 #[derive(Clone, Debug)]
 pub(crate) enum Place {
     /// A tensor of its own.
     Argument { index: usize, tensor: TensorType },
+    /// The same, of a vocabulary that devices share.
+    Vocabulary { index: usize, tensor: TensorType },
     /// Elements of the argument that holds all vectors.
     Vector { elements: Range<u64> },
     /// Bytes of the arena.
@@ -47,6 +56,10 @@ impl Place {
             Self::Argument { tensor, .. } => {
                 WeightHandle { parts: vec![tensor.clone()], storage: format!("dense-{}", tensor.dtype) }
             }
+            Self::Vocabulary { tensor, .. } => WeightHandle {
+                parts: vec![tensor.clone(), TensorType::scalar(DType::I32)],
+                storage: format!("{SHARED}{}", tensor.dtype),
+            },
             Self::Vector { elements } => WeightHandle {
                 parts: vec![TensorType::new(DType::F32, [elements.end - elements.start])],
                 storage: format!("dense-{}", DType::F32),
@@ -66,21 +79,35 @@ const BYTES: Axis = Axis("bytes");
 const ELEMENTS: Axis = Axis("elements");
 
 impl WeightMap {
-    /// `specs` are those the weights were planned from.
-    pub fn new(weights: &[PlannedWeight], specs: &[WeightSpec]) -> Self {
+    /// `specs` are those the weights were planned from, `weights` what one of the devices holds.
+    pub fn new(weights: &[PlannedWeight], specs: &[WeightSpec], parallel: Parallel) -> Self {
         let is_packed = |weight: &PlannedWeight| matches!(weight.storage, PlannedStorage::Packed(_));
         let mut map = if weights.iter().any(is_packed) { Self::packed(weights) } else { Self::separate(weights) };
         let read_whole = weights.iter().zip(specs).filter(|(_, spec)| spec.role != WeightRole::Embed);
         map.bytes_per_step = read_whole.map(|(weight, _)| weight.bytes() as u64).sum();
         map.names = weights.iter().map(|weight| weight.name.clone()).collect();
+        if parallel.tensor > 1 {
+            map.share_vocabulary(specs);
+        }
         map
+    }
+
+    fn share_vocabulary(&mut self, specs: &[WeightSpec]) {
+        self.shard = Some(self.arguments.len());
+        self.arguments.push(TensorType::scalar(DType::I32));
+        for (place, spec) in self.places.iter_mut().zip(specs) {
+            let embeds = matches!(spec.role, WeightRole::Embed | WeightRole::EmbedAndHead);
+            if let (Place::Argument { index, tensor }, true) = (&*place, embeds) {
+                *place = Place::Vocabulary { index: *index, tensor: tensor.clone() };
+            }
+        }
     }
 
     fn separate(weights: &[PlannedWeight]) -> Self {
         let arguments: Vec<_> = weights.iter().map(PlannedWeight::tensor_type).collect();
         let place = |(index, tensor): (usize, &TensorType)| Place::Argument { index, tensor: tensor.clone() };
         let places = arguments.iter().enumerate().map(place).collect();
-        Self { names: Vec::new(), places, arguments, bytes_per_step: 0 }
+        Self { names: Vec::new(), places, arguments, bytes_per_step: 0, shard: None }
     }
 
     fn packed(weights: &[PlannedWeight]) -> Self {
@@ -102,7 +129,7 @@ impl WeightMap {
             });
         }
         let arguments = vec![TensorType::new(DType::U8, [arena]), TensorType::new(DType::F32, [vectors])];
-        Self { names: Vec::new(), places, arguments, bytes_per_step: 0 }
+        Self { names: Vec::new(), places, arguments, bytes_per_step: 0, shard: None }
     }
 
     /// The arguments' types.
@@ -136,6 +163,16 @@ impl WeightMap {
         packed.map(|(name, _)| Operand::Weight { name: name.clone(), part: ROWS_PART })
     }
 
+    /// The device's number, i32 `[]`, where devices share the model.
+    pub fn shard<'f>(&self, arguments: &[Value<'f>]) -> Option<Value<'f>> {
+        self.shard.map(|index| arguments[index])
+    }
+
+    /// Whether the last argument is the device's number.
+    pub fn is_shared(&self) -> bool {
+        self.shard.is_some()
+    }
+
     /// Declares the arguments.
     pub fn declare<'f>(&self, func: &'f Func<'f>) -> Vec<Value<'f>> {
         self.arguments.iter().map(|tensor| func.argument(Shape::opaque(tensor))).collect()
@@ -153,6 +190,10 @@ impl WeightMap {
             let mut set = |part, value| values.push((Operand::Weight { name: name.clone(), part }, value));
             match place {
                 Place::Argument { index, .. } => set(0, arguments[*index]),
+                Place::Vocabulary { index, .. } => {
+                    set(0, arguments[*index]);
+                    self.shard(arguments).into_iter().for_each(|shard| set(1, shard));
+                }
                 Place::Vector { elements } => {
                     set(0, arguments[1].named(&[ELEMENTS]).slice(ELEMENTS, elements.clone()));
                 }

@@ -1,15 +1,16 @@
-//! The sampling graph and the native kernel on the CPU plugin against a plain reference.
+//! The sampling graph, on one device and on several that share the vocabulary, and the native kernel, on the CPU plugin
+//! against a plain reference.
 
-use torus_abi::DType;
+use torus_abi::{DType, model::Parallel};
 use torus_hlo::{
     Builder, Shape,
     axes::{ROWS, SLOTS, VOCAB},
 };
 
-use super::{IN_PROMPT, RowParameters, SamplingInputs, random::threefry, sample, sample_natively};
+use super::{IN_PROMPT, RowParameters, SamplingInputs, Vocabulary, random::threefry, sample, sample_natively};
 use crate::{
     program::{flag, result},
-    testing::{Array, run},
+    testing::{Array, run_on_all},
 };
 
 const VOCABULARY: usize = 50;
@@ -118,10 +119,29 @@ impl Row {
     }
 }
 
+/// Devices that share the vocabulary, which they do not divide.
+const SHARED: u32 = 4;
+
+/// What computes.
+#[derive(Clone, Copy, PartialEq)]
+enum Sampler {
+    Kernel,
+    /// The graph on so many devices.
+    Graph(u32),
+}
+
 /// Samples rows, each in a slot of its own, in reverse order of slots: by the graph and by the kernel, which must agree.
 fn run_rows(rows: &[Row], flags: i32) -> Vec<Vec<i32>> {
-    let [graph, kernel] = [false, true].map(|natively| run_one(rows, flags, natively));
-    for (graph, kernel) in graph.iter().zip(&kernel) {
+    let [graph, kernel] = [Sampler::Graph(1), Sampler::Kernel].map(|sampler| run_one(rows, flags, sampler).remove(0));
+    agree(&graph, &kernel);
+    let shared = run_one(rows, flags, Sampler::Graph(SHARED));
+    assert!(shared.iter().all(|results| *results == shared[0]), "the devices find different tokens");
+    agree(&graph, &shared[0]);
+    kernel
+}
+
+fn agree(graph: &[Vec<i32>], other: &[Vec<i32>]) {
+    for (graph, kernel) in graph.iter().zip(other) {
         assert_eq!(graph[result::BAD], kernel[result::BAD]);
         if graph[result::BAD] == 0 {
             assert_eq!(graph[result::TOKEN], kernel[result::TOKEN]);
@@ -133,18 +153,22 @@ fn run_rows(rows: &[Row], flags: i32) -> Vec<Vec<i32>> {
             }
         }
     }
-    kernel
 }
 
-fn run_one(rows: &[Row], flags: i32, natively: bool) -> Vec<Vec<i32>> {
+/// The results of each device.
+fn run_one(rows: &[Row], flags: i32, sampler: Sampler) -> Vec<Vec<Vec<i32>>> {
     let count = rows.len();
     let words = VOCABULARY.div_ceil(32);
-    let (n, v) = (count as u64, VOCABULARY as u64);
+    let parallel = Parallel { tensor: if let Sampler::Graph(devices) = sampler { devices } else { 1 } };
+    let part = parallel.vocab(VOCABULARY as u64) as usize;
+    let (n, v) = (count as u64, part as u64);
     let builder = Builder::new("test");
     builder.main(|f| {
         let argument = |dtype, axes: &[_]| f.argument(Shape::new(dtype, axes));
         let row = |dtype| argument(dtype, &[(ROWS, n)]);
+        let index = argument(DType::I32, &[]);
         let inputs = SamplingInputs {
+            vocabulary: Vocabulary::new(VOCABULARY as u64, parallel, Some(index)),
             logits: argument(DType::F32, &[(ROWS, n), (VOCAB, v)]),
             slots: row(DType::I32),
             bias_slots: row(DType::I32),
@@ -166,11 +190,13 @@ fn run_one(rows: &[Row], flags: i32, natively: bool) -> Vec<Vec<i32>> {
             },
             flags: argument(DType::I32, &[]),
         };
-        let sampled =
-            if natively { sample_natively(&inputs, f.scalar(DType::I32, count as i64)) } else { sample(&inputs) };
+        let sampled = match sampler {
+            Sampler::Kernel => sample_natively(&inputs, f.scalar(DType::I32, count as i64)),
+            Sampler::Graph(_) => sample(&inputs),
+        };
         vec![sampled.result]
     });
-    let text = torus_hlo::module_text("sampling", 1, &builder.finish().unwrap().functions);
+    let text = torus_hlo::module_text("sampling", parallel.tensor, &builder.finish().unwrap().functions);
     let slots = || rows.iter().rev();
     let mask = |row: &Row| -> Vec<u32> {
         let word = |chunk: &[bool]| chunk.iter().enumerate().map(|(i, on)| u32::from(*on) << i).sum();
@@ -179,28 +205,42 @@ fn run_one(rows: &[Row], flags: i32, natively: bool) -> Vec<Vec<i32>> {
     let column = |of: &dyn Fn(&Row) -> f32| Array::f32(&rows.iter().map(of).collect::<Vec<_>>(), &[count]);
     let ints = |of: &dyn Fn(&Row) -> i32| Array::i32(&rows.iter().map(of).collect::<Vec<_>>(), &[count]);
     let words_of = |of: &dyn Fn(&Row) -> u32| Array::u32(&rows.iter().map(of).collect::<Vec<_>>(), &[count]);
-    let arguments = [
-        Array::f32(&rows.iter().flat_map(|row| row.logits.clone()).collect::<Vec<_>>(), &[count, VOCABULARY]),
-        Array::i32(&(0..count as i32).rev().collect::<Vec<_>>(), &[count]),
-        Array::i32(&(0..count as i32).rev().collect::<Vec<_>>(), &[count]),
-        Array::i32(&slots().flat_map(|row| row.counts.clone()).collect::<Vec<_>>(), &[count, VOCABULARY]),
-        Array::f32(&slots().flat_map(|row| row.bias.clone()).collect::<Vec<_>>(), &[count, VOCABULARY]),
-        Array::u32(&slots().flat_map(mask).collect::<Vec<_>>(), &[count, words]),
-        column(&|row| row.temperature),
-        ints(&|row| row.top_k),
-        column(&|row| row.top_p),
-        column(&|row| row.min_p),
-        column(&|row| row.repetition),
-        column(&|row| row.frequency),
-        column(&|row| row.presence),
-        words_of(&|row| row.seed as u32),
-        words_of(&|row| (row.seed >> 32) as u32),
-        words_of(&|row| row.position),
-        ints(&|row| row.target),
-        Array::i32(&[flags], &[]),
-    ];
-    let results = run(&text, &arguments);
-    results[0].to_i32().chunks(result::WIDTH).map(<[i32]>::to_vec).collect()
+    let arguments = |device: usize| {
+        vec![
+            Array::i32(&[device as i32], &[]),
+            Array::f32(
+                &rows.iter().flat_map(|row| part_of(&row.logits, device, part)).collect::<Vec<_>>(),
+                &[count, part],
+            ),
+            Array::i32(&(0..count as i32).rev().collect::<Vec<_>>(), &[count]),
+            Array::i32(&(0..count as i32).rev().collect::<Vec<_>>(), &[count]),
+            Array::i32(&slots().flat_map(|row| part_of(&row.counts, device, part)).collect::<Vec<_>>(), &[count, part]),
+            Array::f32(&slots().flat_map(|row| part_of(&row.bias, device, part)).collect::<Vec<_>>(), &[count, part]),
+            Array::u32(&slots().flat_map(mask).collect::<Vec<_>>(), &[count, words]),
+            column(&|row| row.temperature),
+            ints(&|row| row.top_k),
+            column(&|row| row.top_p),
+            column(&|row| row.min_p),
+            column(&|row| row.repetition),
+            column(&|row| row.frequency),
+            column(&|row| row.presence),
+            words_of(&|row| row.seed as u32),
+            words_of(&|row| (row.seed >> 32) as u32),
+            words_of(&|row| row.position),
+            ints(&|row| row.target),
+            Array::i32(&[flags], &[]),
+        ]
+    };
+    let lists: Vec<_> = (0..parallel.tensor as usize).map(arguments).collect();
+    let rows_of = |results: Vec<Array>| results[0].to_i32().chunks(result::WIDTH).map(<[i32]>::to_vec).collect();
+    run_on_all(&text, &lists).into_iter().map(rows_of).collect()
+}
+
+/// What a device holds of a row over the vocabulary; zeros follow the last token.
+fn part_of<T: Copy + Default>(row: &[T], device: usize, part: usize) -> Vec<T> {
+    let mut held: Vec<T> = row.iter().skip(device * part).take(part).copied().collect();
+    held.resize(part, T::default());
+    held
 }
 
 fn tokens(rows: &[Row], flags: i32) -> Vec<usize> {

@@ -44,26 +44,41 @@ pub(crate) fn pjrt_plugin() -> PathBuf {
     path
 }
 
+/// Devices that tests may use together.
+const DEVICES: i64 = 4;
+
 fn client() -> &'static Client {
     static CLIENT: OnceLock<Client> = OnceLock::new();
     CLIENT.get_or_init(|| {
         let plugin = Plugin::load(pjrt_plugin()).unwrap();
         crate::kernels::register_host_kernels(&plugin).unwrap();
-        Client::new(&plugin, &[("cpu_device_count".to_owned(), OptionValue::Int(1))]).unwrap()
+        Client::new(&plugin, &[("cpu_device_count".to_owned(), OptionValue::Int(DEVICES))]).unwrap()
     })
 }
 
 /// Compiles and runs a module once.
 pub(crate) fn run(module: &str, arguments: &[Array]) -> Vec<Array> {
-    let device = &client().devices().unwrap()[0];
-    let upload = |array: &Array| client().buffer_from_host(&array.bytes, array.element, &array.dims, device).unwrap();
-    let buffers: Vec<_> = arguments.iter().map(upload).collect();
-    let executable = client().compile(module, &CompileOptions::default()).unwrap_or_else(|e| panic!("{e}\n{module}"));
-    let execution = executable.execute(&buffers.iter().collect::<Vec<_>>()).unwrap();
+    run_on_all(module, &[arguments.to_vec()]).remove(0)
+}
+
+/// Compiles a module for as many devices as there are lists of arguments, and runs it once on all of them.
+pub(crate) fn run_on_all(module: &str, lists: &[Vec<Array>]) -> Vec<Vec<Array>> {
+    let devices = client().devices().unwrap();
+    let upload = |(device, list): (usize, &Vec<Array>)| -> Vec<_> {
+        let upload = |array: &Array| {
+            client().buffer_from_host(&array.bytes, array.element, &array.dims, &devices[device]).unwrap()
+        };
+        list.iter().map(upload).collect()
+    };
+    let buffers: Vec<_> = lists.iter().enumerate().map(upload).collect();
+    let options = CompileOptions::partitioned(lists.len() as u32);
+    let executable = client().compile(module, &options).unwrap_or_else(|e| panic!("{e}\n{module}"));
+    let arguments: Vec<Vec<_>> = buffers.iter().map(|list| list.iter().collect()).collect();
+    let executions = executable.execute_on_all(&arguments.iter().map(Vec::as_slice).collect::<Vec<_>>()).unwrap();
     let download = |buffer: &torus_pjrt::Buffer| Array {
         element: buffer.element_type().unwrap(),
         dims: buffer.dims().unwrap(),
         bytes: buffer.to_host_vec().unwrap(),
     };
-    execution.outputs.iter().map(download).collect()
+    executions.iter().map(|execution| execution.outputs.iter().map(download).collect()).collect()
 }

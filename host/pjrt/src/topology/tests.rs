@@ -56,7 +56,7 @@ fn libtpu_alone_in_its_process() {
         assert_eq!(topology.devices().len(), count);
         let device = &topology.devices()[0];
         assert_eq!(device.kind, "TPU v6 lite");
-        assert!(device.attributes["device_memory_bytes_limit"].as_int().unwrap() > 30_000_000_000);
+        assert!(device.memory_limit().unwrap() > 30_000_000_000);
 
         let options = CompileOptions::partitioned(count as u32)
             .with("xla_tpu_enable_deduplicated_calls", OverrideValue::Bool(true));
