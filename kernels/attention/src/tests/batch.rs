@@ -22,8 +22,12 @@ pub struct Case {
 
 impl Case {
     pub fn new(spec: Spec, shape: Shape) -> Self {
+        let tuning = Tuning::new(&spec, &Layout::new(&spec).unwrap());
+        Self::tuned(spec, shape, tuning)
+    }
+
+    pub fn tuned(spec: Spec, shape: Shape, tuning: Tuning) -> Self {
         let layout = Layout::new(&spec).unwrap();
-        let tuning = Tuning::new(&spec, &layout);
         let kernel = crate::kernel(&spec, &shape, &tuning).unwrap_or_else(|error| panic!("{error}"));
         Self { spec, shape, tuning, layout, kernel }
     }

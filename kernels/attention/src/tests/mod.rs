@@ -1,3 +1,5 @@
 mod batch;
+mod cost;
 mod decode;
+mod prefill;
 mod tpu;

@@ -19,10 +19,16 @@ fn libtpu() -> PathBuf {
 
 /// Runs an ignored test in a process of its own: libtpu reads its environment when it is loaded.
 pub fn alone(test: &str) {
+    alone_with(test, &[]);
+}
+
+/// [`alone`] with more in the environment.
+pub fn alone_with(test: &str, environment: &[(&str, &str)]) {
     let output = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", test, "--ignored", "--nocapture", "--test-threads=1"])
         .env("TPU_SKIP_MDS_QUERY", "1")
         .env("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+        .envs(environment.iter().copied())
         .output()
         .unwrap();
     let log = String::from_utf8_lossy(&output.stderr) + String::from_utf8_lossy(&output.stdout);

@@ -1,5 +1,7 @@
 //! How often each bundle of a run is executed.
 
+use std::ops::Range;
+
 use super::{DELAY_SLOTS, Loop, Schedule, Usage};
 
 /// The way through a schedule: iterations of its loops and branches taken. What is not said is once and not taken, so
@@ -74,8 +76,16 @@ impl Schedule {
 
     /// What a run on a path takes.
     pub fn run(&self, path: &Path) -> Usage {
+        self.run_within(path, std::slice::from_ref(&(0..self.cycles())))
+    }
+
+    /// What it takes of these stretches, which do not overlap.
+    pub fn run_within(&self, path: &Path, stretches: &[Range<usize>]) -> Usage {
         let mut usage = Usage { capacity: self.capacity, ..Usage::default() };
-        self.bundles.iter().zip(self.executions(path)).for_each(|(bundle, times)| usage.add(bundle, times));
+        let executed = self.executions(path);
+        for at in stretches.iter().cloned().flatten() {
+            usage.add(&self.bundles[at], executed[at]);
+        }
         usage
     }
 }

@@ -90,6 +90,8 @@ fn a_path_counts_what_is_executed() {
     let run = schedule.run(&path.taken(14, 0.25));
     assert_eq!((run.cycles, run.slots(Unit::Spill)), (131.5, 0.75));
     assert_eq!(schedule.run(&Path::new().trips(0, 0.0)).cycles, 9.0);
+    let path = Path::new().trips(0, 3.0).trips(1, 5.0);
+    assert_eq!(schedule.run_within(&path, &[0..1, 2..9]).cycles, 106.0);
 }
 
 #[test]
