@@ -9,24 +9,25 @@
 //! | [`QUERY`] | `bf16 [tokens, units, rows, width]`: rows and lanes as [`Layout::query_row`] and [`Layout::query_lane`] say, zero elsewhere | HBM; the result takes its place |
 //! | [`NEW`] | `i32 [units, planes, tokens, 128]`: the new keys and values as the pool has them | HBM |
 //! | [`POOL`] | `i32 [pages, units, planes, page, 128]` | HBM, updated in place |
+//! | the mask, if the spec has one: it comes after [`CHUNKS`], and the others move on | `i32 [tokens]`: bit `j` says that the token sees the `j`-th new token of its sequence | SMEM |
 //! | [`SINKS`], if the spec has them | `f32 [units, rows, 128]`: the sink's score times log2(e), in every lane | VMEM |
 //!
 //! Results: the attended rows, laid out as the query (rows of no sequence stay as they were), and the pool.
 //!
 //! # Order
 //!
-//! 1. The queue is copied to SMEM.
+//! 1. The queue is copied to SMEM; decode begins meanwhile with the first items, which came with the counts.
 //! 2. Decode, if there is a slot: `decode.rs`. It writes its tokens' keys and values into their pages.
 //! 3. The keys and values of chunks are copied from [`NEW`] to their pages. Nothing in this launch reads them there.
 //! 4. Prefill, if there is a chunk: `prefill.rs`.
 
-use torus_mosaic::{Builder, CallOptions, Elem, Kernel, Ref, Semaphore, Space, Value, ds_dynamic};
+use torus_mosaic::{Builder, CallOptions, Dma, Elem, Kernel, Ref, Semaphore, Space, Value, ds_dynamic};
 
 use crate::{
     decode,
     layout::{LANES, Layout},
     prefill,
-    queue::{self, BLOCK, CHUNK_WORDS, Sizes},
+    queue::{self, BLOCK, CHUNK_WORDS, SLOT_WORDS, Sizes},
     spec::{Shape, Spec, Unsupported},
     tuned::Tuning,
 };
@@ -51,7 +52,6 @@ pub(crate) struct Launch<'k> {
     pub k: &'k Builder,
     pub spec: &'k Spec,
     pub layout: &'k Layout,
-    #[expect(dead_code, reason = "prefill's")]
     pub shape: &'k Shape,
     pub tuning: &'k Tuning,
     pub sizes: Sizes,
@@ -59,7 +59,10 @@ pub(crate) struct Launch<'k> {
     pub counts: Ref<'k>,
     pub slots: Ref<'k>,
     pub chunks: Ref<'k>,
-    /// The queue in SMEM, `[items]` each.
+    /// The queue's arrays in HBM and in SMEM, and what counts the copy.
+    queue: [(Ref<'k>, Ref<'k>); 2],
+    queued: Semaphore<'k>,
+    /// The queue in SMEM, `[items]` each: there once decode has begun.
     pub items: Ref<'k>,
     pub pages: Ref<'k>,
     /// HBM; the query and the result are one memory, so a row is read before it is written.
@@ -67,6 +70,18 @@ pub(crate) struct Launch<'k> {
     pub new: Ref<'k>,
     pub pool: Ref<'k>,
     pub sinks: Option<Ref<'k>>,
+    /// Bit `j` of a token's word: it sees the `j`-th new token of its sequence.
+    pub mask: Option<Ref<'k>>,
+}
+
+/// A slot's words, read from SMEM; see [`queue::Slot`].
+#[derive(Clone, Copy)]
+pub(crate) struct SlotValues<'k> {
+    pub token: Value<'k>,
+    pub new: Value<'k>,
+    pub old: Value<'k>,
+    pub page: Value<'k>,
+    pub next_page: Value<'k>,
 }
 
 /// A chunk's words, read from SMEM; see [`queue::Chunk`].
@@ -89,8 +104,9 @@ pub fn kernel(spec: &Spec, shape: &Shape, tuning: &Tuning) -> Result<Kernel, Uns
     let row = [layout.units, layout.rows(), layout.width()];
     let kernel = Kernel::build("attention", |k| {
         let counts = k.prefetch(Elem::I32.of([queue::COUNTS]));
-        let slots = k.prefetch(Elem::I32.of([2 * (sizes.seqs + 1)]));
+        let slots = k.prefetch(Elem::I32.of([SLOT_WORDS * (sizes.seqs + 1)]));
         let chunks = k.prefetch(Elem::I32.of([sizes.chunks * CHUNK_WORDS]));
+        let mask = spec.mask.then(|| k.prefetch(Elem::I32.of([tokens])));
         let all_items = k.input(Space::Hbm, Elem::I32.of([sizes.items]));
         let all_pages = k.input(Space::Hbm, Elem::I32.of([sizes.items]));
         let query = k.input(Space::Hbm, Elem::Bf16.of([tokens, row[0], row[1], row[2]]));
@@ -107,6 +123,8 @@ pub fn kernel(spec: &Spec, shape: &Shape, tuning: &Tuning) -> Result<Kernel, Uns
             shape,
             tuning,
             sizes,
+            queue: [(all_items, items), (all_pages, pages)],
+            queued: k.dma_semaphores(&[]),
             counts,
             slots,
             chunks,
@@ -116,12 +134,25 @@ pub fn kernel(spec: &Spec, shape: &Shape, tuning: &Tuning) -> Result<Kernel, Uns
             new,
             pool,
             sinks,
+            mask,
         };
-        launch.copy_queue(all_items, all_pages);
-        k.when(launch.count(queue::GROUPS).gt(0), || decode::emit(&launch));
+        let decodes = launch.count(queue::GROUPS).gt(0);
+        launch.queue_copies().iter().for_each(|copy| copy.start());
+        k.when(decodes, || decode::emit(&launch));
+        k.when(!decodes, || launch.await_queue());
         k.when(launch.count(queue::CHUNKS).gt(0), || launch.chunked());
     })?;
+    let (bytes, available) = (kernel.footprint().smem, spec.generation.usable_smem_bytes());
+    if bytes > available {
+        return Err(Unsupported::Smem { bytes, available });
+    }
     Ok(kernel)
+}
+
+/// Whether there is a kernel that fits the chip's memories.
+pub fn check(spec: &Spec, shape: &Shape, tuning: &Tuning) -> Result<(), Unsupported> {
+    kernel(spec, shape, tuning)?.custom_call(&call_options(spec), Vec::new())?;
+    Ok(())
 }
 
 /// Bytes of VMEM that a launch may use at most: XLA prefetches weights into the rest meanwhile.
@@ -142,15 +173,21 @@ impl<'k> Launch<'k> {
         self.counts.get((which,))
     }
 
-    fn copy_queue(&self, items: Ref<'k>, pages: Ref<'k>) {
-        let k = self.k;
-        let arrived = k.dma_semaphores(&[]);
+    /// The copies of the queue to SMEM.
+    fn queue_copies(&self) -> [Dma<'k>; 2] {
         let blocks = (self.count(queue::ITEMS) + (BLOCK as i32 - 1)) & -(BLOCK as i32);
         let used = ds_dynamic(0, blocks.assume_multiple(BLOCK as u32));
-        let copies = [(items, self.items), (pages, self.pages)]
-            .map(|(from, to)| from.at((used,)).copy_to(to.at((used,)), arrived));
-        copies.iter().for_each(|copy| copy.start());
-        copies.iter().for_each(|copy| copy.wait());
+        self.queue.map(|(from, to)| from.at((used,)).copy_to(to.at((used,)), self.queued))
+    }
+
+    /// Waits until the queue is in SMEM. Once in a launch.
+    pub fn await_queue(&self) {
+        self.queue_copies().iter().for_each(|copy| copy.wait());
+    }
+
+    pub fn slot(&self, number: Value<'k>) -> SlotValues<'k> {
+        let word = |word: usize| self.slots.get((number + (word * (self.sizes.seqs + 1)) as i32,));
+        SlotValues { token: word(0), new: word(1), old: word(2), page: word(3), next_page: word(4) }
     }
 
     pub fn chunk(&self, number: Value<'k>) -> ChunkValues<'k> {
@@ -193,7 +230,7 @@ struct Piece<'k> {
 }
 
 impl<'k> Piece<'k> {
-    fn copy(&self, launch: &Launch<'k>, semaphore: Semaphore<'k>) -> torus_mosaic::Dma<'k> {
+    fn copy(&self, launch: &Launch<'k>, semaphore: Semaphore<'k>) -> Dma<'k> {
         let from = launch.new.at((.., .., ds_dynamic(self.token, self.rows)));
         let to = launch.pool.at((self.page, .., .., ds_dynamic(self.row, self.rows)));
         from.copy_to(to, semaphore)

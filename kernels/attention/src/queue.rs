@@ -6,18 +6,18 @@
 //! slot has at least one item, if only an empty one; items that fill up a group belong to the slot past the last.
 //!
 //! Numbers are `i32` and lie in these arrays:
-//! - `counts [COUNTS]`, in SMEM: [`GROUPS`], [`SLOTS`], [`RUN`], [`CHUNKS`], [`ITEMS`].
-//! - `slots [2, seqs + 1]` flattened, in SMEM: the token of each slot, then where its key and value are written
-//!   (page times page size plus offset).
+//! - `counts [COUNTS]`, in SMEM: [`GROUPS`], [`SLOTS`], [`RUN`], [`CHUNKS`], [`ITEMS`]; from [`HEAD`] on the first
+//!   [`HEAD_ITEMS`] of `items`, then of `pages`, so that the first pages can be fetched at once.
+//! - `slots [SLOT_WORDS, seqs + 1]` flattened, in SMEM: see [`Slot`].
 //! - `chunks [chunks, CHUNK_WORDS]` flattened, in SMEM: see [`Chunk`].
 //! - `items [items]` and `pages [items]` in HBM; kernels copy what is used to SMEM. A slot's item is packed by
-//!   [`Item::pack`]; a chunk's is 0. `pages` are page numbers in the pool.
+//!   [`Item::pack`], or by [`Item::pack_number`] where slots may have several tokens; a chunk's is 0. `pages` are page numbers in the pool.
 //!
 //! [`Queue::of`] is the plain computation; [`crate::graph`] has the same as StableHLO.
 
 use crate::spec::{Shape, Spec, Unsupported};
 
-pub const COUNTS: usize = 8;
+pub const COUNTS: usize = HEAD + 2 * HEAD_ITEMS;
 /// Groups of decode's items.
 pub const GROUPS: usize = 0;
 /// Slots in use.
@@ -28,9 +28,34 @@ pub const CHUNKS: usize = 3;
 /// Items in use, of slots and chunks.
 pub const ITEMS: usize = 4;
 
+/// Where the copy of the queue's first items begins.
+pub const HEAD: usize = 8;
+pub const HEAD_ITEMS: usize = 64;
+
+pub const SLOT_WORDS: usize = 5;
 pub const CHUNK_WORDS: usize = 6;
 /// Items are copied to SMEM in blocks of so many.
 pub const BLOCK: usize = 1024;
+
+/// A decoded sequence. The words of a slot in this order.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Slot {
+    /// Its first row among the new tokens.
+    pub token: i32,
+    /// Its new tokens.
+    pub new: i32,
+    /// Tokens that were in the cache before.
+    pub old: i32,
+    /// The page of its first new token, and the page after that (or anything, if it needs none).
+    pub page: i32,
+    pub next_page: i32,
+}
+
+impl Slot {
+    pub fn words(self) -> [i32; SLOT_WORDS] {
+        [self.token, self.new, self.old, self.page, self.next_page]
+    }
+}
 
 /// A prefilled sequence. The words of a chunk in this order.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -74,10 +99,17 @@ impl Item {
     pub const FIRST_BIT: u32 = 12;
     pub const LOW_BIT: u32 = 13;
     pub const ROWS_BIT: u32 = 20;
+    /// Where slots have several tokens, an item is packed by [`Item::pack_number`].
+    pub const NUMBER_BIT: u32 = 13;
 
     pub fn pack(self) -> i32 {
         let Self { slot, first, low, rows } = self;
         (slot | (usize::from(first) << Self::FIRST_BIT) | (low << Self::LOW_BIT) | (rows << Self::ROWS_BIT)) as i32
+    }
+
+    /// Slot, flag, and the page's number within its sequence.
+    pub fn pack_number(slot: usize, first: bool, number: usize) -> i32 {
+        (slot | (usize::from(first) << Self::FIRST_BIT) | (number << Self::NUMBER_BIT)) as i32
     }
 }
 
@@ -129,16 +161,18 @@ impl Queue {
     /// The arrays of a batch whose sequences' new tokens follow one another.
     pub fn of(spec: &Spec, shape: &Shape, group: usize, sequences: &[Sequence]) -> Result<Self, Unsupported> {
         let sizes = Sizes::new(shape, group)?;
-        let (mut tokens, mut rows, mut items, mut pages) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let (mut slots, mut items, mut pages) = (Vec::new(), Vec::new(), Vec::new());
         let mut token = 0;
         for sequence in sequences {
             if (1..=shape.draft).contains(&sequence.new) {
-                let page = sequence.pages[sequence.old / spec.page_size];
-                decode_items(spec, sequence, tokens.len(), &mut items, &mut pages);
-                tokens.push(token as i32);
-                rows.push((page * spec.page_size + sequence.old % spec.page_size) as i32);
+                decode_items(spec, shape, sequence, slots.len(), &mut items, &mut pages);
+                let page = |ahead: usize| {
+                    sequence.pages.get(sequence.old / spec.page_size + ahead).map_or(0, |page| *page as i32)
+                };
+                let (new, old) = (sequence.new as i32, sequence.old as i32);
+                slots.push(Slot { token, new, old, page: page(0), next_page: page(1) });
             }
-            token += sequence.new;
+            token += sequence.new as i32;
         }
         while !items.len().is_multiple_of(group) {
             items.push(Item { slot: sizes.seqs, first: true, low: 0, rows: 0 }.pack());
@@ -164,10 +198,10 @@ impl Queue {
             }
             token += sequence.new as i32;
         }
-        let run = tokens.iter().enumerate().take_while(|(slot, token)| *slot as i32 == **token).count();
+        let run = slots.iter().enumerate().take_while(|(slot, found)| *slot as i32 == found.token).count();
         let mut counts = vec![0; COUNTS];
         counts[GROUPS] = groups as i32;
-        counts[SLOTS] = tokens.len() as i32;
+        counts[SLOTS] = slots.len() as i32;
         counts[RUN] = run as i32;
         counts[CHUNKS] = chunks.len() as i32;
         counts[ITEMS] = items.len() as i32;
@@ -175,15 +209,33 @@ impl Queue {
             list.resize(size, 0);
             list
         };
-        let slots = [padded(tokens, sizes.seqs + 1), padded(rows, sizes.seqs + 1)].concat();
+        let slots = (0..SLOT_WORDS)
+            .flat_map(|word| padded(slots.iter().map(|slot| slot.words()[word]).collect(), sizes.seqs + 1));
+        let slots = slots.collect();
+        let (items, pages) = (padded(items, sizes.items), padded(pages, sizes.items));
+        counts[HEAD..HEAD + HEAD_ITEMS].copy_from_slice(&items[..HEAD_ITEMS]);
+        counts[HEAD + HEAD_ITEMS..].copy_from_slice(&pages[..HEAD_ITEMS]);
         let chunks = padded(chunks.into_iter().flat_map(Chunk::words).collect(), sizes.chunks * CHUNK_WORDS);
-        Ok(Self { counts, slots, chunks, items: padded(items, sizes.items), pages: padded(pages, sizes.items) })
+        Ok(Self { counts, slots, chunks, items, pages })
     }
 }
 
-fn decode_items(spec: &Spec, sequence: &Sequence, slot: usize, items: &mut Vec<i32>, pages: &mut Vec<i32>) {
+fn decode_items(
+    spec: &Spec,
+    shape: &Shape,
+    sequence: &Sequence,
+    slot: usize,
+    items: &mut Vec<i32>,
+    pages: &mut Vec<i32>,
+) {
     let (page, old) = (spec.page_size, sequence.old);
     let seen = spec.window.map_or(0, |window| (old + 1).saturating_sub(window));
+    if shape.draft > 1 {
+        let all = seen / page..(old + sequence.new).div_ceil(page);
+        items.extend(all.clone().map(|number| Item::pack_number(slot, number == all.start, number)));
+        pages.extend(sequence.pages[all].iter().map(|page| *page as i32));
+        return;
+    }
     // A slot without old tokens has an empty item all the same.
     let all = if seen == old { 0..1 } else { seen / page..old.div_ceil(page) };
     for number in all.clone() {

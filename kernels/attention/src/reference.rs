@@ -4,7 +4,7 @@ use half::bf16;
 
 use crate::{
     layout::{LANES, Layout, Part},
-    spec::{KvFormat, Scales, Spec},
+    spec::{KvFormat, Spec},
 };
 
 /// The new tokens of one sequence, and all keys and values it has.
@@ -69,16 +69,15 @@ fn softmax(scores: &[f32], sink: Option<f32>) -> Vec<f32> {
 
 impl KvFormat {
     fn scale(self, part: Part) -> f32 {
-        match (self, part) {
-            (Self::Bf16, _) => 1.0,
-            (Self::Fp8 { scales: Scales { keys, .. } } | Self::Int8 { scales: Scales { keys, .. } }, Part::Key) => keys,
-            (Self::Fp8 { scales } | Self::Int8 { scales }, Part::Value) => scales.values,
+        match self {
+            Self::Bf16 => 1.0,
+            Self::Fp8 { scales } | Self::Int8 { scales } => scales.of(part),
         }
     }
 
     /// The bits that a number is kept as, in the lowest bits of the result.
     pub fn encode(self, part: Part, number: f32) -> u32 {
-        let scaled = number / self.scale(part);
+        let scaled = number * self.scale(part).recip();
         match self {
             Self::Bf16 => bf16::from_f32(number).to_bits().into(),
             Self::Fp8 { .. } => encode_fp8(scaled),

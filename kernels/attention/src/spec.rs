@@ -2,6 +2,8 @@
 
 use torus_mosaic::Generation;
 
+use crate::layout::Part;
+
 /// How keys and values are kept in their pages.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub enum KvFormat {
@@ -21,6 +23,15 @@ pub enum KvFormat {
 pub struct Scales {
     pub keys: f32,
     pub values: f32,
+}
+
+impl Scales {
+    pub fn of(self, part: Part) -> f32 {
+        match part {
+            Part::Key => self.keys,
+            Part::Value => self.values,
+        }
+    }
 }
 
 impl KvFormat {
@@ -116,6 +127,10 @@ impl Spec {
         }
         if self.window == Some(0) {
             return Err(Unsupported::Window);
+        }
+        if self.window.is_some() && self.mask {
+            let what = "a window over trees of draft tokens".to_owned();
+            return Err(Unsupported::Feature { what, reason: "a token's place in the tree is not its position" });
         }
         Ok(())
     }

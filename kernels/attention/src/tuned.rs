@@ -1,14 +1,20 @@
-//! Sizes that make the kernel fast.
+//! Sizes that make the kernel fast: a table of kinds that were measured, and a rule for all others.
+//!
+//! What was measured are cycles of the compiler's schedule (libtpu 0.0.52), for a batch of long sequences. More pages in
+//! an iteration hide more of the matrix unit's latency, and leave more of it at the end, where nothing hides it.
+
+use torus_mosaic::Generation;
 
 use crate::{
-    layout::{LANES, Layout},
+    layout::{Form, LANES, Layout},
+    queue::HEAD_ITEMS,
     spec::Spec,
 };
 
 /// Sizes of decode's loop, and prefill's.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Tuning {
-    /// Pages that one iteration takes, of any sequences. Even.
+    /// Pages that one iteration takes, of any sequences. Even, where pages of one head are multiplied in pairs.
     pub pages: usize,
     /// Groups of pages in the ring, a power of two, of which all but two are in flight.
     pub ring: usize,
@@ -60,13 +66,92 @@ impl Tiles {
     }
 }
 
-/// A tile is one unit of one page: what an iteration's time grows with.
-const TILES: usize = 4;
-/// Groups in the ring.
+/// What decides how long an iteration takes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Key {
+    generation: Generation,
+    form: Form,
+    units: usize,
+    /// Query rows of a unit, over all tokens of a slot.
+    rows: usize,
+    width: usize,
+}
+
 const RING: usize = 8;
 
+/// Kinds with their pages, and cycles of an iteration for each 512 KiB that it reads (a TPU v6e reads them in 560).
+const TABLE: [(Key, usize); 2] = [
+    // 449 with 4 pages; 8 give 328, and twice as long an end.
+    (key(Generation::V6e, Form::Pairs, 1, 8, 128), 4),
+    // 458 with 4 pages.
+    (key(Generation::V6e, Form::Pairs, 1, 16, 128), 4),
+];
+
+const fn key(generation: Generation, form: Form, units: usize, rows: usize, width: usize) -> Key {
+    Key { generation, form, units, rows, width }
+}
+
+/// Bytes of an iteration's pages: as much as hides the latency of one product where little else is to be done.
+const GROUP_BYTES: usize = 512 << 10;
+
 impl Tuning {
-    pub fn new(_: &Spec, layout: &Layout) -> Self {
-        Self { pages: (TILES / layout.units).max(1).next_multiple_of(2), ring: RING, tiles: Tiles::new(layout) }
+    /// For slots of one token.
+    pub fn new(spec: &Spec, layout: &Layout) -> Self {
+        Self::for_slots(spec, layout, 1)
+    }
+
+    /// For slots of at most so many tokens.
+    pub fn for_slots(spec: &Spec, layout: &Layout, draft: usize) -> Self {
+        let key = Key {
+            generation: spec.generation,
+            form: layout.form,
+            units: layout.units,
+            rows: draft * layout.rows(),
+            width: layout.width(),
+        };
+        let known = TABLE.iter().find(|(known, _)| *known == key).map(|(_, pages)| *pages);
+        Self { pages: known.unwrap_or_else(|| rule(spec, layout, draft)), ring: RING, tiles: Tiles::new(layout) }
+    }
+}
+
+/// Twice as many pages where computing takes longer than reading: several tokens of a sequence, or a chip with
+/// more bandwidth.
+fn rule(spec: &Spec, layout: &Layout, draft: usize) -> usize {
+    let slow = draft > 1 || spec.generation == Generation::Tpu7x;
+    let bytes = if slow { 2 * GROUP_BYTES } else { GROUP_BYTES };
+    let least = if layout.form == Form::Single { 2 } else { 1 };
+    // The first groups' items come with the counts.
+    (bytes / layout.page_bytes()).next_power_of_two().clamp(least, HEAD_ITEMS / 4)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{KvFormat, Scales, Shape, tests::decode::spec};
+
+    /// The rule gives sizes that a kernel can have, for whatever kind.
+    #[test]
+    fn the_rule_fits_every_kind() {
+        let scales = Scales { keys: 1.0, values: 1.0 };
+        for generation in [Generation::V5e, Generation::V6e, Generation::Tpu7x] {
+            for (q_heads, kv_heads) in [(1, 1), (5, 1), (8, 1), (9, 3), (8, 2), (4, 4), (12, 4), (32, 8), (16, 16)] {
+                for (head_dim, kv) in [
+                    (64, KvFormat::Bf16),
+                    (128, KvFormat::Bf16),
+                    (256, KvFormat::Bf16),
+                    (128, KvFormat::Fp8 { scales }),
+                ] {
+                    for draft in [1, 4] {
+                        let spec = Spec { generation, kv, ..spec(q_heads, kv_heads, head_dim) };
+                        let Ok(layout) = Layout::new(&spec) else { continue };
+                        let shape = Shape { tokens: 256, seqs: 64, pages: 512, page_table: 1024, draft };
+                        let pages = rule(&spec, &layout, draft);
+                        let tuning = Tuning { pages, ring: RING, tiles: Tiles::new(&layout) };
+                        assert!(tuning.pages >= 1 && 2 * tuning.pages <= HEAD_ITEMS);
+                        crate::check(&spec, &shape, &tuning).unwrap_or_else(|error| panic!("{spec:?}: {error}"));
+                    }
+                }
+            }
+        }
     }
 }

@@ -1,36 +1,37 @@
-//! Paged flash attention, `fa`: on CPUs one call of a native kernel, which writes the new keys and values into their
-//! pages and attends to them (`torus-cpu`, whose [`pages`](torus_cpu::attention::pages) say how a pool lies in memory).
+//! Paged flash attention, `fa`: one call per layer of a kernel that writes the new keys and values into their pages and
+//! attends to them.
 //!
-//! Does: causal attention in ragged batches of prompts and decoding sequences, grouped queries, sliding windows, soft
-//! caps; activations in f32 and bf16; caches in f32, bf16 and int8. Does not: other devices than CPUs, heads that are no
-//! multiple of 16, pages that are no multiple of 16 tokens.
+//! - On CPUs ([`cpu`]): native SIMD kernels of `torus-cpu`, whose [`pages`](torus_cpu::attention::pages) say how a pool
+//!   lies in memory. Activations in f32 and bf16, caches in f32, bf16 and int8; heads and pages of a multiple of 16.
+//! - On TPUs ([`tpu`]): the Mosaic kernel of `torus-attention`, for v5e, v6e and TPU7x. Activations and caches in bf16,
+//!   heads of 64, 128 and 256, pages of 128. It compiles for these chips and is exact in the interpreter; it has never
+//!   run on one.
+//!
+//! Both: causal attention in ragged batches of prompts and decoding sequences, grouped queries, sliding windows, soft
+//! caps. Neither: attention sinks and trees of draft tokens, which the interface does not carry yet.
 
 #![forbid(unsafe_code)]
 
+mod cpu;
 #[cfg(test)]
 mod tests;
+mod tpu;
 
 use torus_abi::{
-    DType, TensorType,
     attention::{AttentionAnswer, AttentionQuery, EmitAttention},
     author::Attention,
     fault::Fault,
-    fragment::{Operand, Package},
+    fragment::Package,
     kernel::Bf16,
-    step::StepInput,
 };
-use torus_cpu::{
-    attention::{LAYOUT, Params},
-    ffi::attention::{self as kernels, Attention as Kernel},
-};
-use torus_hlo::{Attribute, Builder, CustomCall, Func, Shape, Value};
+use torus_cpu::ffi::attention::Attention as Kernel;
 
 /// The backend. It has no state.
 pub struct Flash;
 
 torus_abi::declare_plugin! {
     name: "fa",
-    description: "Paged flash attention: SIMD kernels on CPUs",
+    description: "Paged flash attention: SIMD kernels on CPUs, Mosaic kernels on TPUs",
     attention: Flash,
     kernels: [
         Kernel<f32, f32>, Kernel<f32, Bf16>, Kernel<f32, i8>, Kernel<Bf16, f32>, Kernel<Bf16, Bf16>, Kernel<Bf16, i8>,
@@ -40,117 +41,19 @@ torus_abi::declare_plugin! {
 /// A kernel made for the target.
 const SCORE: u32 = 100;
 
-/// What the kernel is told of a step, passed through `context` as it is.
-const INPUTS: [StepInput; 6] = [
-    StepInput::KvSlot,
-    StepInput::CuQLens,
-    StepInput::KvLens,
-    StepInput::PageBegin,
-    StepInput::PageTable,
-    StepInput::NumSeqs,
-];
-
 impl Attention for Flash {
     fn query(query: &AttentionQuery) -> Result<AttentionAnswer, Fault> {
-        let AttentionQuery { dtype, kv_dtype, shape, target, .. } = query;
-        if target.platform != "cpu" {
-            return Ok(AttentionAnswer::refuse(format!("it has no kernels for {}", target.platform)));
+        match query.target.platform.as_str() {
+            "cpu" => Ok(cpu::query(query)),
+            "tpu" => Ok(tpu::query(query).unwrap_or_else(AttentionAnswer::refuse)),
+            other => Ok(AttentionAnswer::refuse(format!("it has no kernels for {other}"))),
         }
-        if kernels::name(*dtype, *kv_dtype).is_none() {
-            let reason = format!("it has no kernel for {dtype} with a cache of {kv_dtype}");
-            return Ok(AttentionAnswer::refuse(reason));
-        }
-        if let Err(reason) = params(query).supports() {
-            return Ok(AttentionAnswer::refuse(reason));
-        }
-        if shape.pages.checked_mul(shape.page_size).is_none_or(|slots| slots > i32::MAX as u64) {
-            return Ok(AttentionAnswer::refuse("the pool has more slots than an i32 can count"));
-        }
-        let pool = pool(query);
-        let bytes: u64 = pool.iter().filter_map(TensorType::bytes).sum();
-        Ok(AttentionAnswer {
-            score: SCORE,
-            reason: String::new(),
-            page_bytes: bytes / shape.pages.max(1),
-            pool,
-            inputs: INPUTS.to_vec(),
-            context: INPUTS.iter().map(|input| input.tensor_type(shape)).collect(),
-            layout: Some(LAYOUT.to_owned()),
-        })
     }
 
     fn emit(request: &EmitAttention) -> Result<Package, Fault> {
-        let builder = Builder::new(&format!("fa_{}", request.kind));
-        builder.export("context", |f| {
-            let part = |(part, input): (usize, &StepInput)| {
-                let value = f.input(Operand::Step(*input), Shape::opaque(&input.tensor_type(&request.query.shape)));
-                (Operand::Context { kind: request.kind, part }, value)
-            };
-            INPUTS.iter().enumerate().map(part).collect()
-        });
-        builder.export("attention", |f| attention(f, request));
-        Ok(Package { fragment: builder.finish()? })
+        match request.query.target.platform.as_str() {
+            "tpu" => tpu::emit(request),
+            _ => cpu::emit(request),
+        }
     }
-}
-
-fn params(query: &AttentionQuery) -> Params {
-    let spec = &query.spec;
-    Params {
-        q_heads: spec.q_heads as usize,
-        kv_heads: spec.kv_heads as usize,
-        head_dim: spec.head_dim as usize,
-        page_size: query.shape.page_size as usize,
-        scale: spec.scale,
-        window: spec.window.map(|window| window as usize),
-        soft_cap: spec.soft_cap,
-    }
-}
-
-/// The parts of a layer's pool: keys and values together, and the scales of an int8 cache.
-fn pool(query: &AttentionQuery) -> Vec<TensorType> {
-    let [elements, scales] = params(query).pool_dims(query.shape.pages);
-    let mut parts = vec![TensorType::new(query.kv_dtype, elements)];
-    if query.kv_dtype == DType::I8 {
-        parts.push(TensorType::new(DType::F32, scales));
-    }
-    parts
-}
-
-/// One call, which updates the pool in place.
-fn attention<'f>(f: &'f Func<'f>, request: &EmitAttention) -> Vec<(Operand, Value<'f>)> {
-    let AttentionQuery { spec, dtype, kv_dtype, shape, .. } = &request.query;
-    let rows = |meaning, heads| {
-        f.input(meaning, Shape::opaque(&TensorType::new(*dtype, [shape.tokens, heads, spec.head_dim])))
-    };
-    let query = rows(Operand::Query, spec.q_heads);
-    let mut operands = vec![query, rows(Operand::Key, spec.kv_heads), rows(Operand::Value, spec.kv_heads)];
-    let first_part = operands.len();
-    let parts = pool(&request.query);
-    let pool =
-        parts.iter().enumerate().map(|(part, tensor)| f.input(Operand::Pool { layer: 0, part }, Shape::opaque(tensor)));
-    operands.extend(pool);
-    operands.extend(INPUTS.iter().enumerate().map(|(part, input)| {
-        let meaning = Operand::Context { kind: request.kind, part };
-        f.input(meaning, Shape::opaque(&input.tensor_type(shape)))
-    }));
-    let mut results = vec![query.shape()];
-    results.extend(parts.iter().map(Shape::opaque));
-    let kernel = kernels::name(*dtype, *kv_dtype).unwrap_or_default();
-    let mut call = CustomCall::kernel(kernel, results)
-        .with("q_heads", Attribute::I64(spec.q_heads as i64))
-        .with("kv_heads", Attribute::I64(spec.kv_heads as i64))
-        .with("head_dim", Attribute::I64(spec.head_dim as i64))
-        .with("page_size", Attribute::I64(shape.page_size as i64))
-        .with("scale", Attribute::F32(spec.scale));
-    if let Some(window) = spec.window {
-        call = call.with("window", Attribute::I64(window as i64));
-    }
-    if let Some(cap) = spec.soft_cap {
-        call = call.with("soft_cap", Attribute::F32(cap));
-    }
-    for part in 0..parts.len() {
-        call = call.alias(1 + part, first_part + part);
-    }
-    let meanings = (0..parts.len()).map(|part| Operand::Pool { layer: 0, part });
-    std::iter::once(Operand::Attended).chain(meanings).zip(f.custom_call(&call, &operands)).collect()
 }

@@ -1,4 +1,9 @@
-use torus_abi::attention::Target;
+//! What the backend answers; programs for TPUs in `tpu.rs`.
+
+mod tpu;
+
+use torus_abi::{DType, TensorType, attention::Target};
+use torus_cpu::attention::LAYOUT;
 use torus_testkit::attention::{self, cases};
 
 use super::*;
@@ -20,7 +25,10 @@ fn ask(change: impl Fn(&mut AttentionQuery)) -> AttentionAnswer {
 fn what_it_cannot_serve_is_refused_with_the_reason() {
     assert_eq!((ask(|_| {}).score, ask(|_| {}).layout.as_deref()), (SCORE, Some(LAYOUT)));
     for (change, reason) in [
-        (&(|query: &mut AttentionQuery| query.target.platform = "tpu".into()) as &dyn Fn(&mut _), "no kernels for tpu"),
+        (
+            &(|query: &mut AttentionQuery| query.target.platform = "cuda".into()) as &dyn Fn(&mut _),
+            "no kernels for cuda",
+        ),
         (&|query: &mut AttentionQuery| query.dtype = DType::F16, "no kernel for f16"),
         (&|query: &mut AttentionQuery| query.spec.head_dim = 40, "heads of 40"),
         (&|query: &mut AttentionQuery| query.shape.page_size = 8, "pages of 8"),
@@ -37,4 +45,28 @@ fn an_int8_cache_has_scales_and_half_the_bytes() {
     assert_eq!((wide.pool.len(), narrow.pool.len()), (1, 2));
     // A byte for each of 64 dimensions, and 4 of the scale.
     assert_eq!(narrow.page_bytes * 2 * 64, wide.page_bytes * (64 + 4));
+}
+
+#[test]
+fn on_a_tpu_it_serves_bf16_in_pages_of_128() {
+    let ask = |change: &dyn Fn(&mut AttentionQuery)| {
+        ask(|query| {
+            query.target = Target { platform: "tpu".into(), device_kind: "TPU v6 lite".into() };
+            (query.dtype, query.kv_dtype, query.shape.page_size) = (DType::Bf16, DType::Bf16, 128);
+            change(query);
+        })
+    };
+    let answer = ask(&|_| {});
+    assert_eq!((answer.score, answer.pool.len(), answer.context.len()), (SCORE, 1, 5));
+    for (change, reason) in [
+        (&(|query: &mut AttentionQuery| query.target.device_kind = "TPU v4".into()) as &dyn Fn(&mut _), "a 'TPU v4'"),
+        (&|query: &mut AttentionQuery| query.dtype = DType::F32, "not f32"),
+        (&|query: &mut AttentionQuery| query.kv_dtype = DType::I8, "a cache of i8"),
+        (&|query: &mut AttentionQuery| query.shape.page_size = 16, "--page-size 128"),
+        (&|query: &mut AttentionQuery| query.spec.head_dim = 80, "heads of 80"),
+        (&|query: &mut AttentionQuery| query.shape.page_table = 1 << 18, "--context-length"),
+    ] {
+        let answer = ask(change);
+        assert!(answer.score == 0 && answer.reason.contains(reason), "{answer:?}");
+    }
 }

@@ -22,7 +22,7 @@ pub struct Case {
 
 impl Case {
     pub fn new(spec: Spec, shape: Shape) -> Self {
-        let tuning = Tuning::new(&spec, &Layout::new(&spec).unwrap());
+        let tuning = Tuning::for_slots(&spec, &Layout::new(&spec).unwrap(), shape.draft);
         Self::tuned(spec, shape, tuning)
     }
 
@@ -74,6 +74,7 @@ impl Batch {
         let mut new = vec![0; shape.tokens * token_words];
         let mut query = noise(random, shape.tokens * layout.units * layout.rows() * layout.width(), 1.0);
         let sinks = spec.sinks.then(|| noise(random, spec.q_heads, 3.0));
+        let mut masks = vec![0; shape.tokens];
         let (mut token, mut expected) = (0, Vec::new());
         let kv_row = spec.kv_heads * spec.head_dim;
         for (new_tokens, old) in lengths.iter().copied() {
@@ -103,8 +104,20 @@ impl Batch {
                 }
             }
             let rows = noise(random, new_tokens * spec.q_heads * spec.head_dim, 4.0);
-            let sequence =
-                reference::Sequence { query: &rows, keys: &keys, values: &values, sinks: sinks.as_deref(), sees: None };
+            // Each new token sees itself, and of those before it some.
+            let bits: Vec<i32> = match spec.mask {
+                true => (0..new_tokens).map(|i| 1 << i | random.random_range(0..1 << i)).collect(),
+                false => vec![0; new_tokens],
+            };
+            masks[token..token + new_tokens].copy_from_slice(&bits);
+            let sees = |token: usize, other: usize| bits[token] >> other & 1 == 1;
+            let sequence = reference::Sequence {
+                query: &rows,
+                keys: &keys,
+                values: &values,
+                sinks: sinks.as_deref(),
+                sees: spec.mask.then_some(&sees),
+            };
             let attended = sequence.attend(spec);
             for (i, (q, out)) in rows.iter().zip(attended).enumerate() {
                 let (head, dim) = (i / spec.head_dim % spec.q_heads, i % spec.head_dim);
@@ -127,8 +140,9 @@ impl Batch {
         let mut pool = before.to_i32();
         written.into_iter().for_each(|(from, words)| pool[from..from + LANES].copy_from_slice(&words));
         let ints = |numbers: &[i32]| Array::from_i32(Elem::I32.of([numbers.len()]), numbers);
-        let mut operands: Vec<_> =
-            [&queue.counts, &queue.slots, &queue.chunks, &queue.items, &queue.pages].map(|list| ints(list)).into();
+        let mut operands: Vec<_> = [&queue.counts, &queue.slots, &queue.chunks].map(|list| ints(list)).into();
+        operands.extend(spec.mask.then(|| ints(&masks)));
+        operands.extend([&queue.items, &queue.pages].map(|list| ints(list)));
         let row = [layout.rows(), layout.width()];
         operands.push(Array::from_f32(Elem::Bf16.of([shape.tokens, layout.units, row[0], row[1]]), &query));
         operands.push(Array::from_i32(Elem::I32.of([layout.units, layout.planes, shape.tokens, LANES]), &new));

@@ -1,5 +1,7 @@
 mod batch;
 mod cost;
-mod decode;
+pub mod decode;
+mod graph;
 mod prefill;
+mod suite;
 mod tpu;

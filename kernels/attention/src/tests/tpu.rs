@@ -7,12 +7,13 @@ use torus_pjrt::{CompileOptions, Executable, Plugin, Topology};
 
 const LIBTPU: &str = "libtpu-0.0.52/libtpu.so";
 
-fn libtpu() -> PathBuf {
+/// A file that the setup script fetched.
+pub fn pjrt(file: &str) -> PathBuf {
     let cache = std::env::var_os("TORUS_CACHE").map(PathBuf::from).unwrap_or_else(|| {
         let home = || PathBuf::from(std::env::var_os("HOME").expect("HOME is set")).join(".cache");
         std::env::var_os("XDG_CACHE_HOME").map_or_else(home, PathBuf::from).join("torus")
     });
-    let path = cache.join("pjrt").join(LIBTPU);
+    let path = cache.join("pjrt").join(file);
     assert!(path.exists(), "{} is missing: run .make/setup.sh test", path.display());
     path
 }
@@ -43,7 +44,7 @@ pub struct Compiler {
 
 impl Compiler {
     pub fn all() -> Vec<Self> {
-        let plugin = Plugin::load(libtpu()).unwrap();
+        let plugin = Plugin::load(pjrt(LIBTPU)).unwrap();
         let generations =
             [(Generation::V5e, "v5e:1x1"), (Generation::V6e, "v6e:1x1"), (Generation::Tpu7x, "tpu7x:1x1x1")];
         let compiler = |(generation, name)| Self { generation, topology: plugin.topology(name, &[]).unwrap() };

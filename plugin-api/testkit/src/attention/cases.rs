@@ -125,8 +125,8 @@ fn cases_in(dtype: DType) -> Vec<Case> {
 
 /// Steps of the size that servers run, in bf16: to compile for a device that need not be there.
 pub fn target_cases() -> Vec<Case> {
-    let shape = |tokens, seqs| StepShape { tokens, seqs, page_size: 64, pages: 512, page_table: 1024 };
-    let case = |name: &str, spec, shape| Case { shape, ..Case::new(name, spec, DType::Bf16, Schedule::new(64, &[])) };
+    let shape = |tokens, seqs| StepShape { tokens, seqs, page_size: 128, pages: 512, page_table: 1024 };
+    let case = |name: &str, spec, shape| Case { shape, ..Case::new(name, spec, DType::Bf16, Schedule::new(128, &[])) };
     vec![
         case("decode of 64 sequences, 32 heads of 128 over 8", spec(32, 8, 128), shape(64, 64)),
         case("prefill of 512 tokens, 32 heads of 128 over 8", spec(32, 8, 128), shape(512, 64)),
