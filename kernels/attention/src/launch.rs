@@ -140,7 +140,10 @@ pub fn kernel(spec: &Spec, shape: &Shape, tuning: &Tuning) -> Result<Kernel, Uns
         launch.queue_copies().iter().for_each(|copy| copy.start());
         k.when(decodes, || decode::emit(&launch));
         k.when(!decodes, || launch.await_queue());
-        k.when(launch.count(queue::CHUNKS).gt(0), || launch.chunked());
+        // A step of so few tokens has no chunks.
+        if tokens > shape.draft {
+            k.when(launch.count(queue::CHUNKS).gt(0), || launch.chunked());
+        }
     })?;
     let (bytes, available) = (kernel.footprint().smem, spec.generation.usable_smem_bytes());
     if bytes > available {

@@ -66,27 +66,21 @@ fn programs_compile_for_tpus_and_update_their_pools_in_place() {
 fn compile() {
     let compiler = Plugin::load(libtpu()).unwrap();
     let backend = InProcess::<Flash>::default();
-    for (topology, kind) in [("v6e:1x1", "TPU v6 lite"), ("tpu7x:1x1x1", "TPU7x")] {
+    for (topology, kind, tokens) in [("v6e:1x1", "TPU v6 lite", 64), ("tpu7x:1x1x1", "TPU7x", 512)] {
         let target = Target { platform: "tpu".to_owned(), device_kind: kind.to_owned() };
         let topology = compiler.topology(topology, &[]).unwrap();
-        let alias = |name: &str, text: &str| {
-            let compiled = topology.compile(text, &CompileOptions::partitioned(1));
-            let compiled = compiled.unwrap_or_else(|error| panic!("{kind}, {name}: {error}"));
-            compiled.memory_stats().unwrap().alias_bytes as u64
-        };
-        // A step of decodes, and one with room for chunks.
-        for tokens in [64, 512] {
-            let shape = StepShape { tokens, seqs: 64, page_size: 128, pages: 512, page_table: 4097 };
-            let program = hidden_program(&tiny(), &backend, &target, shape, DType::Bf16).unwrap();
-            let pools: u64 = program.pools.iter().filter_map(TensorType::bytes).sum();
-            assert_eq!(alias("a model", &program.text), pools, "{kind}, {tokens} tokens");
-        }
+        // A step of decodes with room for chunks.
+        let shape = StepShape { tokens, seqs: 64, page_size: 128, pages: 512, page_table: 4097 };
+        let model = hidden_program(&tiny(), &backend, &target, shape, DType::Bf16).unwrap();
+        let compiled = topology.compile(&model.text, &CompileOptions::partitioned(1));
+        let compiled = compiled.unwrap_or_else(|error| panic!("{kind}: {error}"));
+        let pools: u64 = model.pools.iter().filter_map(TensorType::bytes).sum();
+        assert_eq!(compiled.memory_stats().unwrap().alias_bytes as u64, pools, "{kind}");
+        // Prefill's tiles take most of the time, so other kinds are merely emitted; `torus plugins check` compiles them.
         for case in target_cases() {
             let checked = examine(&backend, &case, &target).unwrap_or_else(|error| panic!("{}: {error}", case.name));
             let Checked::Emitted(answer, fragment) = checked else { panic!("{kind} is not served: {}", case.name) };
-            let pools: u64 = answer.pool.iter().filter_map(TensorType::bytes).sum();
-            let text = program(&case, &answer, &fragment).unwrap();
-            assert_eq!(alias(&case.name, &text), pools, "{kind}, {}", case.name);
+            assert!(program(&case, &answer, &fragment).is_ok(), "{kind}, {}", case.name);
         }
     }
 }
