@@ -150,8 +150,8 @@ pub struct HostBenchArgs {
     /// Tokens in the prefix cache that is measured by itself
     #[arg(long, value_name = "TOKENS", default_value_t = 1_000_000, help_heading = "Cases")]
     pub cached_tokens: usize,
-    /// HTTP clients that are streamed to
-    #[arg(long, value_name = "N", num_args = 1.., value_delimiter = ',', default_values_t = [32, 256, 1024, 4096],
+    /// HTTP clients that are streamed to; a step takes a millisecond then, so that few of them are not kept busy
+    #[arg(long, value_name = "N", num_args = 1.., value_delimiter = ',', default_values_t = [256, 1024, 4096],
         help_heading = "Cases")]
     pub clients: Vec<usize>,
     /// Tokens streamed to each, at most 256,000 to all

@@ -114,6 +114,15 @@ fn usage_error(refused: &refuse::Refused) -> ExitCode {
     ExitCode::from(USAGE)
 }
 
+/// Gives back to the system what loading has freed: blocks all over the heap that no step uses again.
+fn release_freed_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: it only returns pages that the allocator holds free.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
 /// Lets the allocator keep large blocks that were freed. XLA allocates the temporaries of a step anew each time; given back
 /// to the system, each of their pages costs a fault and a clearing in every step.
 fn keep_freed_memory() {

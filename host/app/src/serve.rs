@@ -189,6 +189,7 @@ impl Starting {
 
     async fn finish(self) -> Result<(), String> {
         wait_until_ready(&*self.engine).await?;
+        crate::release_freed_memory();
         let Some(prompt) = self.warm_up else { return Ok(()) };
         warm_up::run(&*self.engine, prompt).await.map_err(|error| format!("the warm-up failed: {error}"))
     }
