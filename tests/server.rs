@@ -78,7 +78,10 @@ impl Server {
     pub async fn start_models(options: &[&str]) -> Self {
         let port = free_port();
         let mut command = Command::new(torus());
-        command.args(["serve", "--host", "127.0.0.1", "--dtype", "float32"]);
+        command.args(["serve", "--host", "127.0.0.1"]);
+        if !options.contains(&"--dtype") {
+            command.args(["--dtype", "float32"]);
+        }
         command.args(["--port", &port.to_string(), "--admin-api-key", ADMIN_KEY]);
         command.args(options);
         command.env("TORUS_CACHE", fetched("models").parent().unwrap());
