@@ -14,6 +14,7 @@ mod gemma;
 mod golden;
 mod http;
 mod kernels;
+mod memory;
 mod openai_client;
 mod parallel;
 mod plugins;
