@@ -1,5 +1,6 @@
 mod compile;
 mod copies;
+mod cycles;
 mod graph;
 mod mistakes;
 mod plain;
