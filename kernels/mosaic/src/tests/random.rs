@@ -82,7 +82,7 @@ impl<'k> Maker<'k, '_> {
     fn step(&mut self) {
         let (a, b) = (self.float(), self.float());
         let (i, j) = (self.int(), self.int());
-        match self.random.random_range(0..16) {
+        match self.random.random_range(0..19) {
             0 => self.keep_float(a.value + b.value, map2(&a.numbers, &b.numbers, |a, b| a + b)),
             1 => self.keep_float(a.value * b.value - 0.5, map2(&a.numbers, &b.numbers, |a, b| f32_of(a * b) - 0.5)),
             2 => {
@@ -114,6 +114,9 @@ impl<'k> Maker<'k, '_> {
             12 => self.fetched(),
             13 => self.looped(&a, &b),
             14 => self.branched(&a, &b),
+            15 => self.parts(&i, Elem::I8),
+            16 => self.parts(&i, Elem::I4),
+            17 => self.float8(&i),
             _ => self.exponential(&a),
         }
     }
@@ -127,6 +130,32 @@ impl<'k> Maker<'k, '_> {
         };
         let numbers = (0..ROWS * LANES).map(|at| a.numbers[at] - largest(at / LANES, at % LANES)).collect();
         self.keep_float(a.value - a.value.reduce_max(axis), numbers);
+    }
+
+    /// Words as the signed bytes or half bytes that they are made of: those of the first rows.
+    fn parts(&mut self, i: &Known<'k>, elem: Elem) {
+        let rows = ROWS * elem.packing();
+        let parts = i.value.bitcast(elem).cast(Elem::I32).slice(&[rows - ROWS, 0], &[ROWS, LANES]);
+        let (packing, bits) = (elem.packing(), elem.bits());
+        let of = |at: usize| {
+            let (row, lane) = (rows - ROWS + at / LANES, at % LANES);
+            let word = i.numbers[row / packing * LANES + lane] as i32;
+            let unused = 32 - bits;
+            f64::from(word << (unused - row % packing * bits) >> unused)
+        };
+        self.keep_int(parts, (0..ROWS * LANES).map(of).collect());
+    }
+
+    /// Rounding to 8-bit floats, of numbers that are exact.
+    fn float8(&mut self, i: &Known<'k>) {
+        let scaled = i.value.cast(Elem::F32) * (1.0 / 1024.0);
+        let round = |x: f64| {
+            // Three digits behind the first, and none behind 2^-9.
+            let unit = (x.abs().log2().floor().max(-6.0) - 3.0).exp2();
+            (x / unit).round_ties_even() * unit
+        };
+        let numbers = i.numbers.iter().map(|i| round(i / 1024.0)).collect();
+        self.keep_float(scaled.cast(Elem::F8E4M3).cast(Elem::F32), numbers);
     }
 
     fn rotated(&mut self, a: &Known<'k>) {
