@@ -5,7 +5,7 @@ use torus_mosaic::{Builder, Contract, Elem, Position, Ref, Value, ds};
 use crate::{Activations, Format, Layout, Matmul, Tiles, product::LANES, weights::INTERLEAVED};
 
 /// Inputs that one straight piece of code sums over; more are summed in a loop.
-const DEPTH: usize = 4096;
+pub(crate) const DEPTH: usize = 4096;
 /// Inputs that fill the matrix unit. Groups that do not are scaled before they are multiplied.
 const UNIT: usize = 256;
 

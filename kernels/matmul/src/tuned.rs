@@ -8,7 +8,7 @@
 
 use torus_mosaic::Generation;
 
-use crate::{Format, Matmul, MatmulError, Tiles, product::LANES};
+use crate::{Format, Matmul, MatmulError, Tiles, multiply::DEPTH, product::LANES};
 
 /// Rows that one product takes at most.
 const MOST_ROWS: usize = 256;
@@ -19,8 +19,8 @@ const MOST_GROUPED_ROWS: usize = 128;
 /// Elements of the results that are summed up at once. More than registers hold is still faster than waiting for the
 /// matrix unit more often.
 const SUMS: usize = 128 << 10;
-/// Outputs that are summed up at once, so that the code stays small.
-const WIDEST: usize = 1024;
+/// Weights that one straight piece of code multiplies with, so that it stays small.
+const STRAIGHT: usize = 4 << 20;
 /// Bytes of weights that should be on their way.
 const IN_FLIGHT: usize = 4 << 20;
 /// Bytes of rows that stay in VMEM.
@@ -80,7 +80,7 @@ fn rule(product: &Matmul) -> Tiles {
     };
     let columns = divisors(weights.outputs, unit).filter(|columns| bytes_of(*columns) <= most).last();
     let columns = columns.unwrap_or(unit);
-    let fits = |strip: &usize| rows_at_once * strip <= SUMS && *strip <= WIDEST;
+    let fits = |strip: &usize| rows_at_once * strip <= SUMS && weights.inputs.min(DEPTH) * strip <= STRAIGHT;
     let strip = divisors(columns, unit).filter(fits).last().unwrap_or(unit);
     let ring = (1 + IN_FLIGHT.div_ceil(bytes_of(columns))).clamp(3, 8);
     let all = rows.div_ceil(rows_at_once);

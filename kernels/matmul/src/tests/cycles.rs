@@ -52,7 +52,8 @@ fn cases() -> Vec<Case> {
     };
     let (bf16, int8) = (Activations::Bf16, Activations::Int8);
     let groups = Weights { group: Some(128), ..square(Format::Int4) };
-    // Qwen3-30B-A3B: 64 sequences with 8 experts each have rows for 126 of 128 on average.
+    // Qwen3-30B-A3B: 64 sequences with 8 experts each have rows for 126 of 128 on average. Each visit of a block ends
+    // with the matrix unit's latency, which copies of 4-bit weights are too short to hide.
     let experts = |name, inputs, outputs, format, limit| Case {
         name,
         product: Matmul::new(512, Weights { experts: Some(128), ..Weights::new(inputs, outputs, format) }),
@@ -70,10 +71,10 @@ fn cases() -> Vec<Case> {
         plain("int4 x int8, 16 rows", 16, square(Format::Int4), int8, 1.15),
         experts("experts' gate-up in bf16", 2048, 1536, Format::Bf16, 1.3),
         experts("experts' gate-up in int8", 2048, 1536, Format::Int8, 1.3),
-        experts("experts' gate-up in int4", 2048, 1536, Format::Int4, 1.3),
+        experts("experts' gate-up in int4", 2048, 1536, Format::Int4, 1.4),
         experts("experts' down in bf16", 768, 2048, Format::Bf16, 1.3),
         experts("experts' down in int8", 768, 2048, Format::Int8, 1.3),
-        experts("experts' down in int4", 768, 2048, Format::Int4, 1.3),
+        experts("experts' down in int4", 768, 2048, Format::Int4, 1.4),
     ]
 }
 
