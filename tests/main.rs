@@ -2,6 +2,7 @@
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod abi;
+mod ahead;
 mod architecture;
 mod authoring;
 mod blueprint;

@@ -3,6 +3,7 @@
 //! Options have the names that operators of SGLang know. One whose feature does not exist yet is refused with a
 //! sentence that says so ([`refuse`]), never ignored.
 
+mod ahead;
 mod ctl;
 mod engine;
 mod generate;
@@ -11,6 +12,7 @@ pub mod refuse;
 mod serve;
 mod values;
 
+pub use ahead::{CompileArgs, PlanArgs};
 pub use ctl::{CtlArgs, CtlCommand, ModelChanges, SwapMode};
 pub use engine::{DeviceArgs, EngineArgs, ModelArgs, PluginArgs, ScheduleArgs};
 pub use generate::GenerateArgs;
@@ -37,6 +39,10 @@ pub enum Command {
     Serve(Box<ServeArgs>),
     /// Load a model and continue one prompt
     Generate(Box<GenerateArgs>),
+    /// Compile everything that a server runs for a TPU that need not be there, from a model's config.json
+    Compile(Box<CompileArgs>),
+    /// Say whether a model fits a TPU, and what its steps cost there at least
+    Plan(Box<PlanArgs>),
     /// List plugins, check one, or begin one
     #[command(subcommand, visible_alias = "plugin")]
     Plugins(PluginsCommand),

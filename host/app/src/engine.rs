@@ -1,6 +1,6 @@
 //! From options to an engine.
 
-use std::sync::Arc;
+use std::{path::PathBuf, sync::Arc};
 
 use anyhow::ensure;
 use torus_engine::{
@@ -12,6 +12,7 @@ use torus_engine::{
     },
 };
 use torus_plugins::Registry;
+use torus_weights::ResolvedModel;
 
 use crate::{
     args::{self, ChunkSize, Device, Dtype, EngineArgs, Policy, Quantization, ScheduleArgs, Switch},
@@ -71,6 +72,14 @@ impl Machine {
         Ok(Self { cache, device, budget })
     }
 
+    /// A TPU of so much memory that need not be there: programs are compiled for it with `compiler`, or not at all.
+    pub fn of_absent_tpu(args: &EngineArgs, cache: CacheDir, compiler: Option<PathBuf>, memory_bytes: u64) -> Self {
+        let (pjrt_plugin, tensor_parallel) = (compiler.unwrap_or_default(), args.parallel.tp_size);
+        let config = DeviceConfig { platform: Platform::Tpu, pjrt_plugin, cpu_threads: None, tensor_parallel };
+        let (device, budget) = (torus_engine::Device::new(config), MemoryBudget::new(Some(memory_bytes)));
+        Self { cache, device, budget }
+    }
+
     pub fn cache(&self) -> &CacheDir {
         &self.cache
     }
@@ -84,15 +93,29 @@ impl Machine {
         name: String,
         model: &Model,
     ) -> anyhow::Result<Arc<dyn Engine>> {
+        let config = self.config(args, plugins, claim, name, model.files.clone())?;
+        let config = EngineConfig { end_token_ids: model.end_token_ids.clone(), ..config };
+        Ok(Arc::new(torus_engine::start(config)?))
+    }
+
+    /// An engine of these options, which knows of no end tokens.
+    pub fn config(
+        &self,
+        args: &EngineArgs,
+        plugins: Registry,
+        claim: MemoryClaim,
+        name: String,
+        model: ResolvedModel,
+    ) -> anyhow::Result<EngineConfig> {
         let attention_backend = Some(args.plugins.attention_backend.clone()).filter(|name| name != "auto");
         if let Some(name) = &attention_backend {
             check_attention(name, &plugins)?;
         }
-        let config = EngineConfig {
+        Ok(EngineConfig {
             name,
-            model: model.files.clone(),
+            model,
             plugins,
-            end_token_ids: model.end_token_ids.clone(),
+            end_token_ids: Vec::new(),
             device: self.device.clone(),
             dtype: match args.model.dtype {
                 // Refused when the command line was checked.
@@ -129,8 +152,7 @@ impl Machine {
             watchdog_timeout: args.schedule.watchdog_timeout,
             progress: true,
             fail_on_token: None,
-        };
-        Ok(Arc::new(torus_engine::start(config)?))
+        })
     }
 }
 

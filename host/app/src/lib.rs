@@ -8,12 +8,14 @@
 //! - Environment variables are set before the first thread starts, and only here.
 //! - No code from a model's folder is ever run. Plugins are loaded from where the operator put them, and nowhere else.
 
+mod ahead;
 mod args;
 mod bench_host;
 mod bench_kernels;
 mod bench_step;
 mod cache_dir;
 mod check_env;
+mod compile;
 mod ctl;
 mod engine;
 mod generate;
@@ -21,6 +23,7 @@ mod limits;
 mod logging;
 mod model;
 mod operate;
+mod plan;
 mod plugins;
 mod serve;
 mod tpu;
@@ -44,22 +47,21 @@ use crate::{
 
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    let mut cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => match refuse::explain(&error) {
             Some(refused) => return usage_error(&refused),
             None => error.exit(),
         },
     };
+    cli.command.imply_device();
     let limits = Limits::of_process();
     if let Some(args) = cli.command.engine_args()
         && let Err(refused) = refuse::check(args)
     {
         return usage_error(&refused);
     }
-    if let Command::Plugins(PluginsCommand::Check(args)) = &cli.command
-        && args.target.topology().is_some()
-    {
+    if cli.command.compiles_for_absent_tpu() {
         // SAFETY: this process has no other thread yet.
         unsafe { torus_pjrt::prepare_libtpu_environment() };
     }
@@ -93,6 +95,8 @@ fn run(command: Command, limits: &Limits) -> anyhow::Result<ExitCode> {
     match command {
         Command::Serve(args) => serve::run(&args, limits),
         Command::Generate(args) => generate::run(&args, limits),
+        Command::Compile(args) => compile::run(&args, limits),
+        Command::Plan(args) => plan::run(&args),
         Command::Plugins(command) => plugins::run(&command),
         Command::Ctl(args) => ctl::run(&args),
         Command::CheckEnv(args) => check_env::run(&args, limits),
@@ -163,7 +167,27 @@ impl Command {
             Command::Serve(args) => Some(&args.engine),
             Command::Generate(args) => Some(&args.engine),
             Command::Bench(BenchCommand::Step(args)) => Some(&args.engine),
+            Command::Compile(args) => Some(&args.engine),
+            Command::Plan(args) => Some(&args.engine),
             _ => None,
+        }
+    }
+
+    /// Who asks about a topology asks about TPUs, whatever computes here.
+    fn imply_device(&mut self) {
+        match self {
+            Command::Compile(args) => args.engine.device.device = Device::Tpu,
+            Command::Plan(args) => args.engine.device.device = Device::Tpu,
+            _ => {}
+        }
+    }
+
+    fn compiles_for_absent_tpu(&self) -> bool {
+        match self {
+            Command::Compile(_) => true,
+            Command::Plan(args) => args.compile,
+            Command::Plugins(PluginsCommand::Check(args)) => args.target.topology().is_some(),
+            _ => false,
         }
     }
 }

@@ -43,7 +43,7 @@ impl Model {
     }
 }
 
-fn hub_options(args: &ModelArgs) -> HubOptions {
+pub fn hub_options(args: &ModelArgs) -> HubOptions {
     let mut options = HubOptions::from_env();
     if let Some(revision) = &args.revision {
         options.revision.clone_from(revision);

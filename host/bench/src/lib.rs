@@ -29,7 +29,7 @@ mod goodput;
 mod interference;
 mod load;
 mod one_batch;
-mod plot;
+pub mod plot;
 mod report;
 mod scenario;
 mod server;

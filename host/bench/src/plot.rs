@@ -90,6 +90,12 @@ pub fn token_gaps<'a>(title: &str, gaps: impl IntoIterator<Item = (String, &'a S
     }
 }
 
+/// Lines over axes that both grow by factors.
+pub fn logarithmic(title: &str, x: &'static str, y: &'static str, series: Vec<Series>) -> Chart {
+    let axis = |title| Axis { title, scale: Scale::Logarithmic };
+    Chart { title: title.to_owned(), x: axis(x), y: axis(y), series }
+}
+
 /// Writes charts into a file.
 pub fn write(path: &Path, charts: &[Chart]) -> anyhow::Result<()> {
     fs::write(path, svg(charts)).with_context(|| format!("--plot {}: the drawing cannot be written", path.display()))

@@ -30,6 +30,7 @@ mod profile;
 mod program;
 mod request;
 mod results;
+pub mod roofline;
 mod sampling;
 mod sink;
 mod start;
@@ -41,7 +42,7 @@ mod weight_cache;
 
 pub use blueprint::{Blueprint, StepKind};
 pub use budget::{MemoryBudget, Shortage};
-pub use compile::CompileError;
+pub use compile::{AheadCompiler, AheadProgram, CompileError, Compiled, CompiledAhead};
 pub use config::{EngineConfig, KvCacheDtype, NullConfig};
 pub use device::{Device, compile_options};
 pub use handle::EngineHandle;

@@ -1,6 +1,6 @@
 //! From a configuration to an engine that can run: client, plugins, weights, memory, programs.
 
-use std::{fs, io, path::PathBuf, sync::Arc, time::Instant};
+use std::{io, path::PathBuf, sync::Arc, time::Instant};
 
 use torus_abi::{TensorType, step::StepShape};
 use torus_pjrt::{Buffer, LoadedExecutable, PjrtError};
@@ -16,7 +16,7 @@ use crate::{
     device::{DeviceState, Loaders, StepDevice, Target},
     handle::{Shared, lock},
     kernels::{register_host_kernels, register_kernels},
-    program::{Arguments, AssembleError, Rows, StepLayout, WeightMap, initial_state, load_pages, load_row},
+    program::{Arguments, AssembleError, Rows, StepLayout, WeightMap},
     sink::{self, DeviceSink},
     weight_cache::{self, Keeping},
 };
@@ -123,7 +123,7 @@ pub(crate) fn load(config: &EngineConfig, shared: &Shared) -> Result<Loaded, Sta
             register_kernels(&target.plugin, plugin)?;
         }
     }
-    let key = cache_key(config, &target)?;
+    let key = CacheKey::of_device(config, target.kind())?;
     let options = target.compile_options(config.device.platform());
     let compiler = Compiler::new(target.client.clone(), shared, config.cache_dir.as_deref(), key, options);
     let programs = compile(config, &compiler, &blueprint, shared)?;
@@ -250,22 +250,6 @@ fn load_weights(
     Ok((weights, keeping.into_iter().flatten().next()))
 }
 
-/// Everything that decides machine code beside a program's text. What the plugins decide is in the text, so that another
-/// version of a plugin that emits the same is ready at once.
-fn cache_key(config: &EngineConfig, target: &Target) -> Result<CacheKey, StartError> {
-    let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let flags = cpu.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
-    let mut key = CacheKey::new()
-        .with("pjrt", config.device.plugin_sha256(config.cache_dir.as_deref())?)
-        .with("device", target.kind())
-        .with("cpu", flags)
-        .with("version", env!("CARGO_PKG_VERSION"));
-    for variable in ["XLA_FLAGS", "LIBTPU_INIT_ARGS", "PJRT_NPROC"] {
-        key = key.with(variable, std::env::var(variable).unwrap_or_default());
-    }
-    Ok(key)
-}
-
 struct Programs {
     loaders: Loaders,
     buckets: Vec<Bucket>,
@@ -308,18 +292,13 @@ fn compile(
         bar.finish_and_clear();
     }
     let prompt_logprobs = buckets.pop().ok_or_else(|| invalid("chunked_prefill_size", "there are no buckets"))?;
-    let loader = |name: &str, text: Result<String, AssembleError>| -> Result<_, StartError> {
-        Ok(compiler.compile(name, &text?)?)
-    };
-    let parallel = blueprint.assembler.parallel;
+    let [initial_state, load_counts, load_bias, load_pages] = blueprint.loaders()?;
+    let load = |(name, text): (&str, String)| compiler.compile(name, &text);
     let loaders = Loaders {
-        initial_state: loader(
-            "the initial state",
-            initial_state(&arguments, !blueprint.assembler.runs_kernels, parallel),
-        )?,
-        load_counts: loader("the token counts of a slot", load_row(&arguments.rows.token_counts, parallel))?,
-        load_bias: loader("the biases of a slot", load_row(&arguments.rows.bias, parallel))?,
-        load_pages: loader("the page table", load_pages(&arguments.rows.page_table, parallel))?,
+        initial_state: load(initial_state)?,
+        load_counts: load(load_counts)?,
+        load_bias: load(load_bias)?,
+        load_pages: load(load_pages)?,
     };
     Ok(Programs { loaders, buckets, prompt_logprobs })
 }

@@ -76,8 +76,14 @@ impl Plan {
             return Err(config_error("--max-total-tokens", message));
         }
         if pages < 2 {
-            let message =
-                format!("memory holds {pages} pages of {} tokens; free memory or lower --page-size", self.page_size);
+            let gb = |bytes: u64| bytes as f64 / 1e9;
+            let message = format!(
+                "memory holds {pages} pages of {} tokens: {:.2} GB of weights are to lie in {:.2} GB; free memory or lower \
+                 --page-size",
+                self.page_size,
+                gb(weight_bytes),
+                gb(available_bytes(&config.memory))
+            );
             return Err(config_error("--max-total-tokens", message));
         }
         self.pages = pages + 1;

@@ -131,6 +131,7 @@ functions! {
     PJRT_Executable_OutputElementTypes(PJRT_Executable_OutputElementTypes_Args),
     PJRT_Executable_OutputDimensions(PJRT_Executable_OutputDimensions_Args),
     PJRT_Executable_Fingerprint(PJRT_Executable_Fingerprint_Args),
+    PJRT_Executable_OptimizedProgram(PJRT_Executable_OptimizedProgram_Args),
     PJRT_Executable_GetCompiledMemoryStats(PJRT_Executable_GetCompiledMemoryStats_Args),
     PJRT_LoadedExecutable_Destroy(PJRT_LoadedExecutable_Destroy_Args),
     PJRT_LoadedExecutable_GetExecutable(PJRT_LoadedExecutable_GetExecutable_Args),

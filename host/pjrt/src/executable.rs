@@ -8,6 +8,7 @@ use crate::{
     args::{Api, args, copy_text, lent_slice, returned},
     element::ElementType,
     error::Result,
+    traffic::Traffic,
     value::{OptionValue, copy_values},
 };
 
@@ -144,6 +145,23 @@ impl Executable {
             temp_bytes: args.temp_size_in_bytes,
             code_bytes: args.generated_code_size_in_bytes,
         })
+    }
+
+    /// What it moves through the device's main memory, counted over the program as the compiler has optimized it.
+    pub fn traffic(&self) -> Result<Traffic> {
+        let mut program = PJRT_Program { struct_size: size_of::<PJRT_Program>(), ..PJRT_Program::default() };
+        let mut args =
+            args!(PJRT_Executable_OptimizedProgram_Args { executable: self.raw.as_ptr(), program: &mut program });
+        // SAFETY: the executable is alive; without memory for the code, its size is told.
+        unsafe { self.api.call(&mut args) }?;
+        let mut code = vec![0u8; program.code_size];
+        program.code = code.as_mut_ptr().cast();
+        args.program = &mut program;
+        // SAFETY: the executable is alive, and there are as many bytes for the code as it was just said to have.
+        unsafe { self.api.call(&mut args) }?;
+        // SAFETY: the format is a name that the plugin keeps.
+        let format = unsafe { copy_text(program.format, program.format_size) };
+        Traffic::of_program(&format, &code)
     }
 
     /// The compiler's own estimates, such as `flops` and `bytes accessed`.

@@ -34,6 +34,7 @@ mod plugin;
 #[cfg(test)]
 mod testing;
 mod topology;
+mod traffic;
 mod value;
 
 pub use buffer::{Buffer, HostCopy};
@@ -47,6 +48,7 @@ pub use executable::{Executable, MemoryStats};
 pub use execute::{ExecuteOptions, Execution, LoadedExecutable};
 pub use plugin::{Plugin, prepare_libtpu_environment};
 pub use topology::{DeviceDescription, Topology};
+pub use traffic::{Collective, Traffic};
 pub use value::OptionValue;
 
 #[cfg(test)]

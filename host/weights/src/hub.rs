@@ -40,6 +40,8 @@ pub struct HubOptions {
     pub endpoint: String,
     /// Use only what was downloaded before.
     pub offline: bool,
+    /// Of a model that is no GGUF file, bring only `config.json`: what it is, without its weights.
+    pub config_only: bool,
 }
 
 impl HubOptions {
@@ -63,6 +65,7 @@ impl HubOptions {
             token: get("HF_TOKEN").or_else(kept_token).filter(|token| !token.is_empty()),
             endpoint: get("HF_ENDPOINT").unwrap_or_else(|| DEFAULT_ENDPOINT.to_owned()),
             offline: get("HF_HUB_OFFLINE").as_ref().is_some_and(is_true),
+            config_only: false,
         }
     }
 }
@@ -75,6 +78,7 @@ impl fmt::Debug for HubOptions {
             .field("token", &self.token.as_ref().map(|_| "hidden"))
             .field("endpoint", &self.endpoint)
             .field("offline", &self.offline)
+            .field("config_only", &self.config_only)
             .finish()
     }
 }
@@ -122,6 +126,10 @@ impl Hub<'_> {
         Repo::with_revision(self.repo.to_owned(), RepoType::Model, revision.to_owned())
     }
 
+    fn wants_config_only(&self) -> bool {
+        self.options.config_only && self.gguf.is_none()
+    }
+
     /// The folder of a commit's files.
     fn snapshot(&self, commit: &str) -> PathBuf {
         self.cache.repo(self.at(commit)).pointer_path(commit)
@@ -137,6 +145,9 @@ impl Hub<'_> {
     fn cached(&self) -> Result<ResolvedModel, WeightsError> {
         let missing = match self.cached_snapshot() {
             None => vec!["everything".to_owned()],
+            Some(snapshot) if self.wants_config_only() && snapshot.join("config.json").exists() => {
+                return Ok(self.model(snapshot));
+            }
             Some(snapshot) => match missing_files(&snapshot, self.gguf) {
                 missing if missing.is_empty() => return Ok(self.model(snapshot)),
                 missing => missing,
@@ -176,6 +187,10 @@ impl Hub<'_> {
         let listed = siblings.into_iter().map(|sibling| sibling.rfilename).collect();
         let snapshot = self.snapshot(&sha);
         self.download_files(&pinned, &snapshot, &listed)?;
+        if self.wants_config_only() {
+            // By the record, whole models are found.
+            return Ok(self.model(snapshot));
+        }
         let recorded = self.cache.repo(self.at(&options.revision)).create_ref(&sha);
         recorded.map_err(|source| WeightsError::Io { path: options.download_dir.clone(), source })?;
         Ok(self.model(snapshot))
@@ -191,6 +206,9 @@ impl Hub<'_> {
         }
         if !listed.contains("config.json") {
             return Err(lacks(format!("no config.json; {}", other_ggufs(listed))));
+        }
+        if self.wants_config_only() {
+            return self.download_file(api, snapshot, "config.json");
         }
         for file in listed.iter().filter(|file| is_side_file(file)) {
             self.download_file(api, snapshot, file)?;

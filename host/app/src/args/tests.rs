@@ -22,6 +22,8 @@ fn help_texts() {
     expect_file!["help/torus.txt"].assert_eq(&help(&[]));
     expect_file!["help/serve.txt"].assert_eq(&help(&["serve"]));
     expect_file!["help/generate.txt"].assert_eq(&help(&["generate"]));
+    expect_file!["help/compile.txt"].assert_eq(&help(&["compile"]));
+    expect_file!["help/plan.txt"].assert_eq(&help(&["plan"]));
     expect_file!["help/ctl.txt"].assert_eq(&help(&["ctl"]));
     expect_file!["help/ctl-swap.txt"].assert_eq(&help(&["ctl", "swap"]));
     expect_file!["help/plugins.txt"].assert_eq(&help(&["plugins"]));
@@ -197,4 +199,19 @@ fn bench_options_parse() {
     parse("torus bench compare --base-url http://x --base-url http://y --scenario in=8,out=4,clients=2").unwrap();
     assert!(parse("torus bench compare --base-url http://x --scenario in=8").is_err());
     parse("torus bench interference --decode-streams 8 --input-len 128 --long-input-len 4096").unwrap();
+}
+
+#[test]
+fn what_looks_ahead_takes_a_topology_and_the_servers_options() {
+    let parse = |line: &str| Cli::try_parse_from(line.split_whitespace());
+    let cli =
+        parse("torus compile --topology v6e:2x2 --model-path m --steps 1,16 --max-total-tokens 4096 --json").unwrap();
+    let Command::Compile(args) = cli.command else { panic!("{cli:?}") };
+    assert_eq!((args.topology.devices(), args.steps.as_slice()), (4, [1, 16].as_slice()));
+    assert_eq!(args.engine.schedule.max_total_tokens, Some(4096));
+    let cli = parse("torus plan --topology tpu7x:2x2x1 --model-path m --plot p.svg").unwrap();
+    let Command::Plan(args) = cli.command else { panic!("{cli:?}") };
+    assert_eq!((args.topology.devices(), args.context.as_slice()), (8, [1024, 8192].as_slice()));
+    let error = parse("torus plan --topology v6e --model-path m").unwrap_err().to_string();
+    assert!(error.contains("--topology") && error.contains("known are v5e:1x1"), "{error}");
 }

@@ -7,19 +7,20 @@
 //!
 //! Not here: clients, buffers, compilers, files of weights.
 
+mod costs;
 mod open;
 
 use std::sync::Arc;
 
 use serde_json::Value;
 use torus_abi::{
-    DType,
+    DType, TensorType,
     attention::{AttentionQuery, Target},
     model::{ModelDescription, StateKind},
     step::StepShape,
 };
 use torus_plugins::Plugin;
-use torus_weights::PlannedWeight;
+use torus_weights::{Checkpoint, PlannedWeight};
 
 pub(crate) use open::OpenedModel;
 
@@ -27,7 +28,8 @@ use crate::{
     config::{EngineConfig, KvCacheDtype, Platform},
     load::{StartError, invalid},
     memory,
-    program::{Arguments, AssembleError, Assembler, Program, Rows, WeightMap},
+    program::{Arguments, AssembleError, Assembler, Program, Rows, WeightMap, initial_state, load_pages, load_row},
+    roofline::{Padded, Shard},
 };
 
 /// One of the programs that an engine runs.
@@ -48,6 +50,7 @@ pub struct Blueprint {
     /// Of one page of KV, over all layers.
     page_bytes: u64,
     weight_bytes: u64,
+    shard: Shard,
 }
 
 impl Blueprint {
@@ -60,6 +63,18 @@ impl Blueprint {
         let opened = OpenedModel::of_config(config, hf_config)?;
         let weights = opened.weight_shapes(config)?;
         Self::new(config, opened, &weights, device)
+    }
+
+    /// From a checkpoint, of which no weight is read: a GGUF file has no `config.json`.
+    ///
+    /// # Errors
+    /// If no plugin serves the model, if it does not fit into the memory, or if the checkpoint lacks a tensor.
+    pub fn of_checkpoint(config: &EngineConfig, checkpoint: &Checkpoint, device: &Target) -> Result<Self, StartError> {
+        let opened = OpenedModel::of_checkpoint(config, checkpoint)?;
+        let shards = opened.load_plans(config, checkpoint)?;
+        // All devices hold weights of the same shapes.
+        let weights = shards.first().map_or(&[][..], |shard| shard.weights());
+        Self::new(config, opened, weights, device)
     }
 
     /// `weights` are those of the model's description, in its order.
@@ -75,6 +90,7 @@ impl Blueprint {
         let queries = attention_queries(config, &description, activations, plan.shape(1, 1), device);
         let (attention, answers) = config.plugins.attention(config.attention_backend.as_deref(), &queries)?;
         let page_bytes: u64 = description.layers.iter().map(|kind| answers[*kind].page_bytes).sum();
+        let shard = costs::shard(&description, weights, &answers, plan.page_size, activations);
         let plan = plan.with_pages(config, page_bytes, weight_bytes)?;
         tracing::info!(
             attention = attention.name(),
@@ -104,7 +120,26 @@ impl Blueprint {
             own_kernels: open::runs_own_kernels(config),
             description,
         };
-        Ok(Self { plugin, attention, plan, assembler, page_bytes, weight_bytes })
+        Ok(Self { plugin, attention, plan, assembler, page_bytes, weight_bytes, shard })
+    }
+
+    /// Names of the plugins that serve the model and its attention.
+    pub fn plugins(&self) -> [&str; 2] {
+        [self.plugin.name(), self.attention.name()]
+    }
+
+    pub fn description(&self) -> &ModelDescription {
+        &self.assembler.description
+    }
+
+    /// Requests that run at once.
+    pub fn max_running(&self) -> usize {
+        self.plan.max_running
+    }
+
+    /// Longest prompt plus output.
+    pub fn context_length(&self) -> usize {
+        self.plan.context_length
     }
 
     /// Tokens whose KV the pool holds.
@@ -117,9 +152,36 @@ impl Blueprint {
         self.weight_bytes
     }
 
+    /// Bytes of the KV pools of all layers.
+    pub fn pool_bytes(&self) -> u64 {
+        self.plan.pages * self.page_bytes
+    }
+
     /// What weights and KV take on the device.
     pub fn bytes(&self) -> u64 {
-        self.weight_bytes + self.plan.pages * self.page_bytes
+        self.weight_bytes + self.pool_bytes()
+    }
+
+    /// Bytes of all that a step updates in place: the pools, and the rows of each slot that a step changes.
+    ///
+    /// # Errors
+    /// If the attention plugin answers no longer.
+    pub fn donated_bytes(&self) -> Result<u64, AssembleError> {
+        let arguments = self.arguments()?;
+        let rows = &arguments.rows;
+        let donated = arguments.pools.iter().chain([&rows.last_tokens, &rows.page_table, &rows.token_counts]);
+        Ok(donated.filter_map(TensorType::bytes).sum())
+    }
+
+    /// What costs of steps are made of.
+    pub fn shard(&self) -> &Shard {
+        &self.shard
+    }
+
+    /// What the program computes that serves a step of so many tokens: the smallest that they fit into.
+    pub fn padded(&self, tokens: usize) -> Option<Padded> {
+        let tokens = self.plan.buckets().into_iter().find(|bucket| *bucket >= tokens)?;
+        Some(Padded { tokens: tokens as u64, rows: self.plan.shape(tokens, self.plan.max_running).seqs })
     }
 
     /// All step programs: the buckets by ascending number of tokens, then the one that gives logprobs of prompt tokens.
@@ -144,6 +206,18 @@ impl Blueprint {
 
     pub(crate) fn program(&self, step: StepKind) -> Result<Program, AssembleError> {
         self.assembler.program(self.plan.shape(step.tokens, self.plan.max_running), step.rows)
+    }
+
+    /// The programs beside the steps, with what each of them sets: everything, the token counts and the biases of a slot,
+    /// entries of the page table.
+    pub(crate) fn loaders(&self) -> Result<[(&'static str, String); 4], AssembleError> {
+        let (arguments, parallel) = (self.arguments()?, self.assembler.parallel);
+        Ok([
+            ("the initial state", initial_state(&arguments, !self.assembler.runs_kernels, parallel)?),
+            ("the token counts of a slot", load_row(&arguments.rows.token_counts, parallel)?),
+            ("the biases of a slot", load_row(&arguments.rows.bias, parallel)?),
+            ("the page table", load_pages(&arguments.rows.page_table, parallel)?),
+        ])
     }
 
     /// A step in words, for messages.

@@ -12,6 +12,11 @@ use std::{
 
 use sha2::{Digest, Sha256};
 
+use crate::{
+    config::{EngineConfig, Platform},
+    load::StartError,
+};
+
 /// Entries are deleted, least recently used first, when all together exceed this.
 const SIZE_MAX_BYTES: u64 = 4 << 30;
 
@@ -23,6 +28,26 @@ pub struct CacheKey(Sha256);
 impl CacheKey {
     pub fn new() -> Self {
         Self(Sha256::new())
+    }
+
+    /// Everything that decides machine code for a device beside a program's text and its options. What the plugins decide
+    /// is in the text, so that another version of a plugin that emits the same is ready at once.
+    ///
+    /// For a TPU nothing of this machine goes in: a program may be compiled on another one than it runs on.
+    pub fn of_device(config: &EngineConfig, device_kind: &str) -> Result<Self, StartError> {
+        let compiler = config.device.plugin_sha256(config.cache_dir.as_deref())?;
+        let mut key = Self::new().with("pjrt", compiler).with("device", device_kind);
+        let mut variables = vec!["XLA_FLAGS", "LIBTPU_INIT_ARGS"];
+        if config.device.platform() != Platform::Tpu {
+            let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+            key = key.with("cpu", cpu.lines().find(|line| line.starts_with("flags")).unwrap_or_default());
+            variables.push("PJRT_NPROC");
+        }
+        key = key.with("version", env!("CARGO_PKG_VERSION"));
+        for variable in variables {
+            key = key.with(variable, std::env::var(variable).unwrap_or_default());
+        }
+        Ok(key)
     }
 
     pub fn with(mut self, name: &str, value: impl AsRef<[u8]>) -> Self {
@@ -55,6 +80,12 @@ impl ExecutableCache {
         let folder = folder.into();
         fs::create_dir_all(&folder)?;
         Ok(Self { folder })
+    }
+
+    /// Bytes of the executable stored under a key; it may yet turn out to be damaged.
+    pub fn stored_bytes(&self, key: &CacheKey) -> Option<u64> {
+        let metadata = fs::metadata(self.folder.join(key.clone().file_name())).ok()?;
+        metadata.len().checked_sub(HASH_BYTES as u64)
     }
 
     /// The executable stored under a key, if it is there and whole.

@@ -1,5 +1,6 @@
 //! Compiling all programs of an engine before it is ready, from the disk cache where possible.
 
+mod ahead;
 mod cache;
 
 use std::{
@@ -12,6 +13,7 @@ use std::{
 
 use torus_pjrt::{Client, CompileOptions, LoadedExecutable, PjrtError};
 
+pub use ahead::{AheadCompiler, AheadProgram, Compiled, CompiledAhead};
 pub(crate) use cache::{CacheKey, ExecutableCache};
 
 use crate::handle::{Shared, lock};
@@ -22,8 +24,13 @@ pub(crate) struct Compiler<'a> {
     /// Counts compilations that a serving engine should not have made.
     shared: &'a Shared,
     options: CompileOptions,
+    kept: Kept,
+}
+
+/// Where executables are kept, and under what.
+struct Kept {
     cache: Option<ExecutableCache>,
-    /// What every key begins with: everything but the module.
+    /// What every key begins with: everything but options and module.
     base: CacheKey,
 }
 
@@ -44,19 +51,12 @@ impl<'a> Compiler<'a> {
         base: CacheKey,
         options: CompileOptions,
     ) -> Self {
-        let open = |folder: &Path| match ExecutableCache::open(folder) {
-            Ok(cache) => Some(cache),
-            Err(error) => {
-                tracing::warn!(folder = %folder.display(), %error, "compiled programs are not cached");
-                None
-            }
-        };
-        Self { client, shared, options, cache: cache_dir.and_then(open), base }
+        Self { client, shared, options, kept: Kept::new(cache_dir, base) }
     }
 
     pub fn compile(&self, name: &str, module: &str) -> Result<LoadedExecutable, CompileError> {
-        let key = self.base.clone().with("options", format!("{:?}", self.options)).with("module", module);
-        let cached = self.cache.as_ref().and_then(|cache| cache.load(&key));
+        let key = self.kept.key(&self.options, module);
+        let cached = self.kept.cache.as_ref().and_then(|cache| cache.load(&key));
         if let Some(executable) = cached {
             match self.client.deserialize(&executable) {
                 Ok(executable) => return Ok(executable),
@@ -66,12 +66,7 @@ impl<'a> Compiler<'a> {
         let failed = |source| CompileError { name: name.to_owned(), source };
         let executable = self.client.compile(module, &self.options).map_err(failed)?;
         self.shared.note_compile();
-        if let Some(cache) = &self.cache {
-            match executable.serialize() {
-                Ok(bytes) => cache.store(&key, &bytes),
-                Err(error) => tracing::debug!(name, %error, "the executable cannot be serialized"),
-            }
-        }
+        self.kept.store(name, &key, || executable.serialize());
         Ok(executable)
     }
 
@@ -105,5 +100,30 @@ impl<'a> Compiler<'a> {
         let mut results = std::mem::take(&mut *lock(&results));
         results.sort_by_key(|(index, _)| *index);
         results.into_iter().map(|(_, result)| result).collect()
+    }
+}
+
+impl Kept {
+    fn new(cache_dir: Option<&Path>, base: CacheKey) -> Self {
+        let open = |folder: &Path| match ExecutableCache::open(folder) {
+            Ok(cache) => Some(cache),
+            Err(error) => {
+                tracing::warn!(folder = %folder.display(), %error, "compiled programs are not cached");
+                None
+            }
+        };
+        Self { cache: cache_dir.and_then(open), base }
+    }
+
+    fn key(&self, options: &CompileOptions, module: &str) -> CacheKey {
+        self.base.clone().with("options", format!("{options:?}")).with("module", module)
+    }
+
+    fn store(&self, name: &str, key: &CacheKey, executable: impl FnOnce() -> Result<Vec<u8>, PjrtError>) {
+        let Some(cache) = &self.cache else { return };
+        match executable() {
+            Ok(bytes) => cache.store(key, &bytes),
+            Err(error) => tracing::debug!(name, %error, "the executable cannot be serialized"),
+        }
     }
 }

@@ -57,6 +57,7 @@ impl FakeHub {
             token: None,
             endpoint: self.endpoint.clone(),
             offline: false,
+            config_only: false,
         }
     }
 
@@ -175,6 +176,20 @@ fn a_folder_gets_the_files_it_needs_and_no_others() {
         ["chat_template.jinja", "config.json", INDEX_FILE, "one.safetensors", "tokenizer.json", "two.safetensors"];
     assert_eq!(names, expected);
     assert!(model.path().ends_with(format!("models--org--name/snapshots/{COMMIT}")));
+}
+
+#[test]
+fn what_a_model_is_comes_without_its_weights_and_is_not_taken_for_the_model() {
+    let (hub, folder) = (sharded(), tempfile::tempdir().unwrap());
+    let options = HubOptions { config_only: true, ..hub.options(&folder) };
+    let ResolvedModel::Folder(snapshot) = fetch_text("org/name", &options).unwrap() else { panic!() };
+    let names: Vec<_> = snapshot.read_dir().unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(names, ["config.json"]);
+    let offline = HubOptions { offline: true, config_only: false, ..options.clone() };
+    assert!(failure("org/name", &offline).contains("lacks"), "the model itself was never here");
+    fetch_text("org/name", &HubOptions { config_only: false, ..options.clone() }).unwrap();
+    let offline = HubOptions { offline: true, ..options };
+    assert_eq!(fetch_text("org/name", &offline).unwrap(), ResolvedModel::Folder(snapshot));
 }
 
 #[test]

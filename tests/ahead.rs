@@ -1,0 +1,197 @@
+//! `torus compile` and `torus plan`: models by their configuration alone, for TPUs that are not there.
+
+use std::{
+    path::{Path, PathBuf},
+    process::{Command, Output},
+};
+
+use serde_json::{Value, json};
+
+use crate::server::torus;
+
+/// The architecture parameters of a public model.
+fn shape(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("data/shapes").join(format!("{name}.json"))
+}
+
+fn run(command: &str, options: &[&str]) -> Output {
+    // The children share a cache folder only where a test says so.
+    Command::new(torus()).arg(command).args(options).output().unwrap()
+}
+
+fn json(output: &Output) -> Value {
+    serde_json::from_slice(&output.stdout)
+        .unwrap_or_else(|error| panic!("{error}: {}", String::from_utf8_lossy(&output.stderr)))
+}
+
+/// A model of two layers and a small vocabulary in a folder.
+fn two_layers(name: &str, folder: &Path) -> String {
+    let mut config: Value = serde_json::from_slice(&std::fs::read(shape(name)).unwrap()).unwrap();
+    config["num_hidden_layers"] = json!(2);
+    config["vocab_size"] = json!(4096);
+    if config["model_type"] == "gemma3_text" {
+        // One of each kind.
+        config["sliding_window_pattern"] = json!(2);
+    }
+    let path = folder.join(format!("{name}.json"));
+    std::fs::write(&path, config.to_string()).unwrap();
+    path.to_str().unwrap().to_owned()
+}
+
+/// One decoding step, one that computes a prompt and one that gives logprobs of prompts.
+const SMALL: &str = "--max-running-requests 8 --chunked-prefill-size 64 --max-total-tokens 4096 --steps 8,64 --json";
+
+/// Compiles, with the cache in `folder`, beside the compiler that the setup script fetches.
+fn compile(model: &str, topology: &str, folder: &Path, options: &str) -> Value {
+    let libtpu = crate::support::fetched("pjrt/libtpu-0.0.52/libtpu.so");
+    let mut arguments = vec!["--model-path", model, "--topology", topology];
+    arguments.extend(["--cache-dir", folder.to_str().unwrap(), "--pjrt-plugin", libtpu.to_str().unwrap()]);
+    arguments.extend(options.split(' '));
+    let output = run("compile", &arguments);
+    assert!(output.status.success(), "{model} {topology}: {}", String::from_utf8_lossy(&output.stderr));
+    json(&output)
+}
+
+/// What holds of each program that was compiled.
+fn check_programs(report: &Value, count: usize) {
+    let programs = report["programs"].as_array().unwrap();
+    assert_eq!(programs.len(), count, "{report}");
+    for program in programs {
+        let of = |name: &str| program[name].as_u64().unwrap_or_else(|| panic!("{name}: {program}"));
+        // Pools, and the rows that stay on the device, are updated where they are, and nothing else is. Layouts may pad them.
+        let donated = if program["tokens"].is_u64() { report["donated_bytes"].as_u64().unwrap() } else { 0 };
+        let alias = of("alias_bytes");
+        assert!(alias >= donated && alias - donated <= donated / 100 + (1 << 16), "{donated} {program}");
+        let held = report["weight_bytes"].as_u64().unwrap() + report["pool_bytes"].as_u64().unwrap();
+        assert!(of("argument_bytes") >= held && of("code_bytes") > 0 && of("stored_bytes") > 0, "{program}");
+        assert!(of("temp_bytes") < report["pool_bytes"].as_u64().unwrap(), "{program}");
+    }
+}
+
+#[test]
+fn two_layers_of_each_family_compile_for_two_generations() {
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["llama-3.3-70b", "qwen2.5-7b", "qwen3-8b", "gemma-3-1b"] {
+        let model = two_layers(name, folder.path());
+        for topology in ["v6e:1x1", "tpu7x:1x1x1"] {
+            check_programs(&compile(&model, topology, folder.path(), SMALL), 3);
+        }
+    }
+}
+
+#[test]
+fn what_was_compiled_is_kept() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = two_layers("qwen3-8b", folder.path());
+    let options = SMALL.replace("--steps 8,64", "--steps 8");
+    let kept = |options: &str| {
+        let report = compile(&model, "v6e:1x1", folder.path(), options);
+        assert_eq!(report["programs"].as_array().unwrap().len(), 1, "{report}");
+        report["programs"][0]["kept"].as_bool().unwrap()
+    };
+    assert!(!kept(&options) && kept(&options));
+    assert!(!kept(&options.replace("4096", "2048")), "another pool is another program");
+}
+
+#[test]
+fn a_topology_or_a_step_that_there_is_not_is_refused_with_those_there_are() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = two_layers("qwen3-8b", folder.path());
+    let message = |options: &[&str]| {
+        let output = run("compile", &[&["--model-path", &model][..], options].concat());
+        assert!(!output.status.success());
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    };
+    let unknown = message(&["--topology", "v6e:2"]);
+    assert!(unknown.contains("'v6e:2' is no topology") && unknown.contains("tpu7x:2x2x1"), "{unknown}");
+    let cache = folder.path().to_str().unwrap();
+    let absent = message(&["--topology", "v6e:2x2", "--cache-dir", cache]);
+    assert!(absent.contains("pip download --no-deps libtpu=="), "{absent}");
+    let step = message(&["--topology", "v6e:1x1", "--steps", "7"]);
+    assert!(step.contains("--steps 7") && step.contains("1, 2, 4, 8"), "{step}");
+}
+
+fn plan(name: &str, topology: &str, options: &[&str]) -> (bool, Value) {
+    let model = shape(name);
+    let given = ["--model-path", model.to_str().unwrap(), "--topology", topology, "--json"];
+    let output = run("plan", &[&given[..], options].concat());
+    (output.status.success(), json(&output))
+}
+
+#[test]
+fn a_plan_counts_what_a_step_moves_and_computes() {
+    let options = ["--batch-size", "16", "--context", "1024", "--prefill", "512", "--attention-backend", "native"];
+    let (fits, plan) = plan("qwen3-8b", "v6e:1x1", &options);
+    assert!(fits && plan["fits"] == true, "{plan}");
+    // 8.19 thousand million parameters, two bytes each; norms have four.
+    let layer = 4096 * (32 + 2 * 8) * 128 + 32 * 128 * 4096 + 3 * 4096 * 12288u64;
+    let (matrices, head) = (36 * layer, 151_936 * 4096u64);
+    let norms = 36 * (2 * 4096 + 2 * 128) + 4096u64;
+    assert_eq!(plan["fit"]["weight_bytes"], 2 * (matrices + 2 * head) + 4 * norms);
+    let kv_token = 36 * 2 * 8 * 128 * 2u64;
+    assert_eq!(plan["fit"]["kv_bytes_per_token"], kv_token);
+    let room = 0.88 * plan["chip"]["memory_bytes"].as_f64().unwrap() - plan["fit"]["weight_bytes"].as_f64().unwrap();
+    let tokens = plan["fit"]["kv_tokens"].as_f64().unwrap();
+    assert!(tokens <= room / kv_token as f64 && tokens > room / kv_token as f64 - 256.0, "{tokens}");
+
+    let cases = plan["cases"].as_array().unwrap();
+    let (decode, prefill) = (&cases[0], &cases[1]);
+    let of = |case: &Value, name: &str| case[name].as_f64().unwrap_or_else(|| panic!("{name}: {case}"));
+    assert_eq!((decode["kind"].as_str(), decode["bound"].as_str()), (Some("decode"), Some("hbm")));
+    let read = (2 * (matrices + head) + 4 * norms + 16 * 2 * 4096) as f64;
+    assert_eq!((of(decode, "weight_bytes"), of(decode, "kv_read_bytes")), (read, (16 * 1024 * kv_token) as f64));
+    assert_eq!(of(decode, "matrix_flops"), (2 * 16 * (matrices + head)) as f64);
+    assert_eq!(of(decode, "attention_flops"), (16 * 1024 * 36 * 4 * 32 * 128u64) as f64);
+    let step = (read + (16 * 1025 * kv_token) as f64) / 1640e9;
+    assert!((of(decode, "step_s") - step).abs() < 1e-9, "{decode}");
+    assert!((of(decode, "tokens_per_s") - 16.0 / step).abs() < 1e-3);
+    assert_eq!((prefill["kind"].as_str(), prefill["bound"].as_str()), (Some("prefill"), Some("hbm")));
+    assert_eq!(of(prefill, "attention_flops"), (512 * 513 / 2 * 36 * 4 * 32 * 128u64) as f64);
+}
+
+#[test]
+fn devices_share_weights_heads_and_sums() {
+    let options = ["--tp-size", "4", "--batch-size", "256", "--context", "1024", "--prefill", "512"];
+    let native = ["--attention-backend", "native"];
+    let (fits, plan) = plan("qwen3-8b", "v6e:2x2", &[&options[..], &native[..]].concat());
+    assert!(fits, "{plan}");
+    let decode = &plan["cases"][0];
+    let of = |name: &str| decode[name].as_f64().unwrap_or_else(|| panic!("{name}: {decode}"));
+    // A quarter of the KV heads; two sums a layer and one of the embedding, each of all tokens' hidden states in bf16.
+    assert_eq!(of("kv_read_bytes"), (256 * 1024 * 36 * 2 * 2 * 128 * 2u64) as f64);
+    assert_eq!((of("sums"), of("summed_bytes")), (73.0, (73 * 256 * 4096 * 2u64) as f64));
+    let hops = 73.0 * 2.0 * 2.0 * 1e-6;
+    assert!((of("interconnect_s") - (2.0 * 0.75 * of("summed_bytes") / 180e9 + hops)).abs() < 1e-9, "{decode}");
+    let splits: Vec<_> =
+        plan["splits"].as_array().unwrap().iter().map(|fit| fit["tp_size"].as_u64().unwrap()).collect();
+    assert_eq!(splits, [1, 2, 4]);
+    let (fits, plan) = self::plan("qwen3-32b", "v6e:2x2", &native);
+    assert!(!fits && plan["remedies"][0].as_str().unwrap().starts_with("--tp-size 4 leaves room for"), "{plan}");
+}
+
+#[test]
+fn what_does_not_fit_is_said_with_what_would() {
+    let (fits, plan) = plan("llama-3.3-70b", "v6e:1x1", &["--attention-backend", "native"]);
+    assert!(!fits && plan["fits"] == false && plan["cases"].as_array().unwrap().is_empty(), "{plan}");
+    assert!(plan["fit"]["reason"].as_str().unwrap().contains("GB of weights"), "{plan}");
+    let remedies = plan["remedies"].to_string();
+    assert!(remedies.contains("v6e:2x4") && remedies.contains("tpu7x:1x1x1"), "{remedies}");
+}
+
+#[test]
+fn a_plan_is_a_table_and_a_drawing() {
+    let folder = tempfile::tempdir().unwrap();
+    let (drawing, model) = (folder.path().join("plan.svg"), shape("gemma-3-1b"));
+    let output = run(
+        "plan",
+        &["--model-path", model.to_str().unwrap(), "--topology", "tpu7x:1x1x1", "--plot", drawing.to_str().unwrap()],
+    );
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    for part in ["gemma-3-1b on tpu7x:1x1x1 (TPU7x)", "it fits, with", "decode", "prefill", "tokens/s", "lower bounds"]
+    {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    let svg = std::fs::read_to_string(drawing).unwrap();
+    assert!(svg.matches("<polyline").count() >= 8 && svg.contains("Throughput") && !svg.contains("NaN"), "{svg}");
+}
