@@ -39,7 +39,7 @@ pub enum Command {
     Serve(Box<ServeArgs>),
     /// Load a model and continue one prompt
     Generate(Box<GenerateArgs>),
-    /// Compile everything that a server runs for a TPU that need not be there, from a model's config.json
+    /// Compile what a server runs, for a TPU that need not be there, from a config.json
     Compile(Box<CompileArgs>),
     /// Say whether a model fits a TPU, and what its steps cost there at least
     Plan(Box<PlanArgs>),
