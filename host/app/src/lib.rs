@@ -77,7 +77,7 @@ pub fn main() -> ExitCode {
         eprintln!("error: {error:#}");
     }
     if runs_engine {
-        end_at_once(result.is_ok());
+        end_at_once(result.is_ok_and(|code| code == ExitCode::SUCCESS));
     }
     result.unwrap_or(ExitCode::FAILURE)
 }
