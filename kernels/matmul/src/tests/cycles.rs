@@ -8,12 +8,12 @@
 use std::{collections::BTreeMap, env, fmt::Write, fs, path::Path as Folder};
 
 use torus_mosaic::{
-    Elem, Generation,
+    Generation,
     schedule::{DumpKind, Path, Schedule, Unit, dump_of},
 };
 
 use crate::{
-    Activations, Format, Matmul, PageCopy, Tiles, Weights,
+    Activations, Format, Matmul, Tiles, Weights,
     tests::compile::{Compiler, alone},
 };
 
@@ -171,21 +171,6 @@ fn compile() {
             slow.push(format!("{}: {ratio:.2} of its floor, more than {} ({tiles})", case.name, case.limit));
         }
     }
-    copies(&compiler, Folder::new(&folder), &mut table);
     println!("{table}");
     assert!(slow.is_empty(), "{}", slow.join("\n"));
-}
-
-/// A page of 128 tokens with 2 heads of 128 in `bf16` is read and written in the time that HBM takes for both.
-fn copies(compiler: &Compiler, folder: &Folder, table: &mut String) {
-    let copy = PageCopy::within(Elem::I32.of([1024, 2, 128, 128]), 256);
-    let program = copy.kernel().unwrap().program(&copy.call_options(Generation::V6e)).unwrap();
-    compiler.accept("copies", &program);
-    let schedule = read(folder, "copy_pages");
-    let started = |bundles: &std::ops::Range<usize>| schedule.usage(bundles.clone()).dma_starts > 0.0;
-    let starts = schedule.loops().iter().map(|found| &found.bundles).find(|bundles| started(bundles)).unwrap();
-    let (cycles, hbm) = (starts.len() as f64, 2.0 * (2 * 128 * 128 * 4) as f64 / BYTES_PER_CYCLE);
-    let ratio = cycles / hbm;
-    writeln!(table, "{:28} {cycles:9.0} {hbm:9.0} {:>9} {ratio:7.2}", "a page of 128 KiB", "").unwrap();
-    assert!(ratio < 0.5, "{ratio}");
 }
