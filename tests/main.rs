@@ -19,6 +19,7 @@ mod memory;
 mod openai_client;
 mod parallel;
 mod plugins;
+mod schedules;
 mod server;
 mod support;
 mod swap;

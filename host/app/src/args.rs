@@ -75,7 +75,8 @@ pub enum BenchCommand {
     Step(Box<StepBenchArgs>),
     /// Measure what the host alone costs: scheduling, packing, streaming, the prefix cache
     Host(HostBenchArgs),
-    /// Time the CPU's kernels alone, each beside what bounds it: a plain sum over the same bytes, or arithmetic
+    /// Time the CPU's kernels alone, each beside what bounds it: a plain sum over the same bytes, or arithmetic. With
+    /// --topology, count the cycles of the TPU's attention kernels instead
     Kernels(KernelBenchArgs),
 }
 
@@ -115,6 +116,22 @@ pub struct KernelBenchArgs {
     /// Threads [default: as many as affinity and cgroup allow]
     #[arg(long, value_name = "N", value_parser = values::positive, help_heading = "Device")]
     pub threads: Option<usize>,
+    /// Compile the TPU's attention kernels for this topology (v5e:1x1, v6e:1x1, tpu7x:1x1x1), which need not be there,
+    /// and count the cycles of their schedules
+    #[arg(long, value_name = "NAME", help_heading = "TPU")]
+    pub topology: Option<String>,
+    /// Only the cases whose names contain one of these
+    #[arg(long, value_name = "TEXT", num_args = 1.., requires = "topology", help_heading = "TPU")]
+    pub case: Vec<String>,
+    /// Library that compiles [default: $TPU_LIBRARY_PATH, else the one in the cache folder]
+    #[arg(long, value_name = "FILE", requires = "topology", help_heading = "TPU")]
+    pub pjrt_plugin: Option<PathBuf>,
+    /// Folder where that library is looked for
+    #[arg(long, value_name = "FOLDER", env = "TORUS_CACHE", hide_env_values = true, help_heading = "TPU")]
+    pub cache_dir: Option<PathBuf>,
+    /// Only compile this program; what the command runs in a process of its own
+    #[arg(long, value_name = "FILE", requires = "topology", hide = true)]
+    pub compile_only: Option<PathBuf>,
     /// Print JSON
     #[arg(long, help_heading = "Output")]
     pub json: bool,

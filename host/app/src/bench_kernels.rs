@@ -1,4 +1,7 @@
-//! `torus bench kernels`: the CPU's kernels alone, each beside what bounds it, at the sizes of a model.
+//! `torus bench kernels`: the CPU's kernels alone, each beside what bounds it, at the sizes of a model; with a topology
+//! the TPU's ([`topology`]).
+
+mod topology;
 
 use std::process::ExitCode;
 
@@ -19,6 +22,9 @@ use crate::{
 };
 
 pub fn run(args: &KernelBenchArgs, limits: &Limits) -> anyhow::Result<ExitCode> {
+    if let Some(name) = &args.topology {
+        return topology::run(args, name);
+    }
     torus_plugins::limit_kernel_threads(args.threads.unwrap_or(limits.cpus()));
     // Linked plugins and kernels share the threads that the registry hands to them.
     let _threads = Registry::linked()?;

@@ -3,7 +3,7 @@
 
 use crate::{
     layout::{LANES, Layout},
-    queue::{self, BLOCK, CHUNK_WORDS, Chunk, Item, Queue, Sequence},
+    queue::{self, BLOCK, CHUNK_WORDS, Chunk, Item, Queue, SLOT_WORDS, Sequence},
     spec::{Shape, Spec, Unsupported},
     tuned::{Tiles, Tuning},
 };
@@ -41,7 +41,8 @@ impl Work {
         let layout = Layout::new(spec)?;
         let queue = Queue::of(spec, shape, tuning.pages, sequences)?;
         let count = |which: usize| queue.counts[which] as u64;
-        let (slots, run) = (count(queue::SLOTS), count(queue::RUN));
+        // Rows of slots that may have several tokens are copied one slot after the other.
+        let (slots, run) = (count(queue::SLOTS), if shape.draft == 1 { count(queue::RUN) } else { 0 });
         let items = count(queue::ITEMS).next_multiple_of(BLOCK as u64);
         let mut work = Self {
             slots,
@@ -54,7 +55,10 @@ impl Work {
             ..Self::default()
         };
         let sizes = Bytes::new(&layout);
-        work.decode(&queue, tuning, &sizes);
+        match shape.draft {
+            1 => work.decode(&queue, tuning, &sizes),
+            _ => work.decode_drafts(spec, &queue, tuning, &sizes),
+        }
         for words in queue.chunks.chunks(CHUNK_WORDS).take(work.chunks as usize) {
             let chunk = Chunk {
                 token: words[0],
@@ -82,6 +86,24 @@ impl Work {
         }
         self.bytes_in += self.kv_bytes + self.slots * (sizes.row + sizes.token);
         self.bytes_out += self.slots * (sizes.row + sizes.token);
+    }
+
+    /// Decode where slots may have several tokens: new rows go through the ring, and to their pages from where they are.
+    fn decode_drafts(&mut self, spec: &Spec, queue: &Queue, tuning: &Tuning, sizes: &Bytes) {
+        let (page, seqs) = (spec.page_size as i32, queue.slots.len() / SLOT_WORDS);
+        let word = |slot: usize, word: usize| queue.slots[word * seqs + slot];
+        for item in &queue.items[..self.groups as usize * tuning.pages] {
+            let slot = (item & ((1 << Item::SLOT_BITS) - 1)) as usize;
+            let (new, old) = (word(slot, 1), word(slot, 2));
+            let start = (item >> Item::NUMBER_BIT) * page;
+            let within = |token: i32| (token - start).clamp(0, page);
+            let from = spec.window.map_or(0, |window| within(old + 1 - window as i32).min(within(old)));
+            self.kv_bytes += (within(old + new) - from) as u64 * sizes.token;
+        }
+        let tokens: u64 = (0..self.slots as usize).map(|slot| word(slot, 1) as u64).sum();
+        self.bytes_in += self.kv_bytes + tokens * sizes.row;
+        self.bytes_out += tokens * sizes.row;
+        self.bytes_within += tokens * sizes.token;
     }
 
     fn prefill(&mut self, spec: &Spec, tiles: &Tiles, chunk: &Chunk, sizes: &Bytes) {

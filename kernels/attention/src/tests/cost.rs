@@ -35,17 +35,25 @@ fn work(case: &Case, lengths: &[(usize, usize)]) -> Work {
 fn bytes_are_those_that_the_interpreter_counts() {
     let scales = Scales { keys: 0.5, values: 0.5 };
     let cases = [
-        spec(8, 2, 128),
-        Spec { window: Some(200), ..spec(4, 1, 128) },
-        Spec { kv: KvFormat::Int8 { scales }, ..spec(6, 2, 256) },
+        (spec(8, 2, 128), 1),
+        (Spec { window: Some(200), ..spec(4, 1, 128) }, 1),
+        (Spec { kv: KvFormat::Int8 { scales }, ..spec(6, 2, 256) }, 1),
+        (spec(8, 2, 128), 4),
+        (Spec { window: Some(150), ..spec(8, 2, 128) }, 3),
     ];
-    for (seed, spec) in cases.into_iter().enumerate() {
+    for (seed, (spec, draft)) in cases.into_iter().enumerate() {
         let case = small(spec);
+        let case = Case::tuned(case.spec, Shape { draft, ..case.shape }, case.tuning);
         let interpreter = Interpreter::new(&case.kernel);
         let mut random = ChaCha8Rng::seed_from_u64(seed as u64);
         for _ in 0..4 {
             let lengths: Vec<_> = (0..random.random_range(1..=4))
-                .map(|i| (if i % 2 == 0 { random.random_range(1..=20) } else { 1 }, random.random_range(0..600)))
+                .map(|i| {
+                    (
+                        if i % 2 == 0 { random.random_range(1..=20) } else { random.random_range(1..=draft) },
+                        random.random_range(0..600),
+                    )
+                })
                 .collect();
             let batch = Batch::new(&case, 1, &lengths);
             let counters = interpreter.run(&batch.operands, &RunOptions::default()).unwrap().counters;

@@ -1,0 +1,228 @@
+//! `torus bench kernels --topology`: what the TPU's attention kernels cost as libtpu schedules them, without a TPU.
+//!
+//! Each kernel is compiled in a child process that leaves the compiler's schedule in a folder. Cycles are those of the
+//! bundles on the executed path, with trip counts from the batch; what no schedule can show is added by a model that is
+//! printed with the numbers.
+
+mod cases;
+mod model;
+
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    process::{Command, ExitCode, Stdio},
+};
+
+use anyhow::{Context, anyhow, bail, ensure};
+use indicatif::ProgressBar;
+use serde_json::{Value, json};
+use torus_attention::{Route, Work};
+use torus_mosaic::schedule::{DumpKind, Schedule, Unit, dump_of};
+use torus_pjrt::CompileOptions;
+
+use crate::{
+    args::{Device, KernelBenchArgs},
+    cache_dir::CacheDir,
+};
+
+use cases::{Batch, Case};
+use model::{Chip, Modelled};
+
+pub fn run(args: &KernelBenchArgs, topology: &str) -> anyhow::Result<ExitCode> {
+    let cache = CacheDir::new(args.cache_dir.as_deref())?;
+    let libtpu = cache.pjrt_plugin(Device::Tpu, args.pjrt_plugin.as_deref())?;
+    if let Some(program) = &args.compile_only {
+        compile(&libtpu, topology, program)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let chip = Chip::of_topology(topology)?;
+    let mut cases = cases::all(chip.generation)?;
+    let known: Vec<_> = cases.iter().map(|case| case.name.clone()).collect();
+    cases.retain(|case| args.is_chosen(&case.name));
+    ensure!(!cases.is_empty(), "--case: no case is called so; there are: {}", known.join(", "));
+    let bar = ProgressBar::new(cases.len() as u64)
+        .with_style(indicatif::ProgressStyle::with_template("{bar:40} {pos}/{len} {msg} [{elapsed}]")?);
+    let mut lines = Vec::new();
+    for case in &cases {
+        bar.set_message(case.name.clone());
+        match case.measure(&libtpu, topology, &chip) {
+            Ok(found) => lines.extend(found.into_iter().map(Ok)),
+            Err(error) => lines.push(Err(format!("{}: {error:#}", case.name))),
+        }
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    let failed = lines.iter().filter(|line| line.is_err()).count();
+    if args.json {
+        let cases: Vec<_> =
+            lines.iter().map(|line| line.as_ref().map_or_else(|e| json!({"error": e}), Line::json)).collect();
+        println!("{}", json!({"topology": topology, "chip": chip.json(), "cases": cases}));
+    } else {
+        print(topology, &chip, &lines);
+    }
+    Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+impl KernelBenchArgs {
+    fn is_chosen(&self, name: &str) -> bool {
+        self.case.is_empty() || self.case.iter().any(|part| name.contains(part.as_str()))
+    }
+}
+
+/// One batch of one kernel.
+struct Line {
+    name: String,
+    work: Work,
+    /// Cycles of the loop that does the work, all iterations, and of the whole path.
+    loop_cycles: f64,
+    path_cycles: f64,
+    /// Use of each unit's slots in that loop, and of the busiest.
+    shares: Vec<(Unit, f64)>,
+    busiest: (Unit, f64),
+    spills: f64,
+    modelled: Modelled,
+}
+
+impl Case {
+    /// Compiles the kernel, and costs its batches.
+    fn measure(&self, libtpu: &Path, topology: &str, chip: &Chip) -> anyhow::Result<Vec<Line>> {
+        let kernel = torus_attention::kernel(&self.spec, &self.shape, &self.tuning)?;
+        let program = kernel.program(&torus_attention::call_options(&self.spec))?;
+        let schedule = scheduled(libtpu, topology, kernel.name(), &program)?;
+        self.batches.iter().map(|batch| self.line(&schedule, batch, chip)).collect()
+    }
+
+    fn line(&self, schedule: &Schedule, batch: &Batch, chip: &Chip) -> anyhow::Result<Line> {
+        let work = Work::of(&self.spec, &self.shape, &self.tuning, &batch.sequences)?;
+        let route =
+            Route::new(schedule, &work).map_err(|reason| anyhow!("the schedule is not understood: {reason}"))?;
+        let (main, run) = (route.main(schedule), schedule.run(&route.path));
+        let modelled = chip.model(&work, &route, schedule, run.cycles);
+        Ok(Line {
+            name: format!("{} {}", self.name, batch.name),
+            loop_cycles: main.cycles,
+            path_cycles: run.cycles,
+            shares: Unit::ALL.into_iter().map(|unit| (unit, main.share(unit))).collect(),
+            busiest: main.busiest(),
+            spills: main.slots(Unit::Spill) / (work.groups + work.whole + work.edges).max(1) as f64,
+            modelled,
+            work,
+        })
+    }
+}
+
+impl Line {
+    fn json(&self) -> Value {
+        let shares: serde_json::Map<_, _> =
+            self.shares.iter().map(|(unit, share)| (unit.name().to_owned(), json!(share))).collect();
+        let Work { bytes_in, bytes_out, bytes_within, kv_bytes, flops, .. } = self.work;
+        json!({
+            "case": self.name,
+            "loop_cycles": self.loop_cycles,
+            "path_cycles": self.path_cycles,
+            "slot_use": shares,
+            "busiest": self.busiest.0.name(),
+            "spills_per_iteration": self.spills,
+            "bytes_in": bytes_in,
+            "bytes_out": bytes_out,
+            "bytes_within_hbm": bytes_within,
+            "kv_bytes": kv_bytes,
+            "flops": flops,
+            "memory_floor_cycles": self.modelled.memory,
+            "arithmetic_floor_cycles": self.modelled.arithmetic,
+            "loop_of_floor": self.loop_cycles / self.modelled.floor(),
+            "modelled_cycles": self.modelled.cycles,
+            "modelled_of_floor": self.modelled.ratio(),
+        })
+    }
+}
+
+fn print(topology: &str, chip: &Chip, lines: &[Result<Line, String>]) {
+    println!("{topology}: cycles of libtpu's schedules at {:.2} GHz; nothing was run on a TPU", chip.hertz / 1e9);
+    for line in chip.assumptions() {
+        println!("  {line}");
+    }
+    println!(
+        "{:<34} {:>11} {:>11} {:>9} {:>11} {:>11} {:>7} {:>9}  slots in use in the loop",
+        "case", "loop", "path", "DMA MB", "DMA cycles", "FLOP cycles", "loop", "modelled"
+    );
+    for line in lines {
+        let line = match line {
+            Ok(line) => line,
+            Err(error) => {
+                println!("{error}");
+                continue;
+            }
+        };
+        let units = line.shares.iter().filter(|(unit, share)| !unit.is_part() && *share >= 0.1);
+        let units: Vec<_> = units.map(|(unit, share)| format!("{} {:.0}%", unit.name(), share * 100.0)).collect();
+        println!(
+            "{:<34} {:>11.0} {:>11.0} {:>9.1} {:>11.0} {:>11.0} {:>7.2} {:>9.2}  {}; {:.0} spills",
+            line.name,
+            line.loop_cycles,
+            line.path_cycles,
+            line.work.hbm_bytes() as f64 / 1e6,
+            line.modelled.memory,
+            line.modelled.arithmetic,
+            line.loop_cycles / line.modelled.floor(),
+            line.modelled.ratio(),
+            units.join(", "),
+            line.spills,
+        );
+    }
+}
+
+/// What the child does.
+fn compile(libtpu: &Path, topology: &str, program: &Path) -> anyhow::Result<()> {
+    let text = fs::read_to_string(program).with_context(|| format!("--compile-only {}", program.display()))?;
+    let plugin = torus_pjrt::Plugin::load(libtpu)?;
+    plugin.topology(topology, &[])?.compile(&text, &CompileOptions::default())?;
+    Ok(())
+}
+
+/// Compiles a program in a child process and reads the schedule of the kernel in it.
+fn scheduled(libtpu: &Path, topology: &str, kernel: &str, program: &str) -> anyhow::Result<Schedule> {
+    let folder = tempfile::tempdir()?;
+    let (file, dumps) = (folder.path().join("program.mlir"), folder.path().join("dump"));
+    fs::write(&file, program)?;
+    fs::create_dir(&dumps)?;
+    // What the operator set stays.
+    let flags = env::var("LIBTPU_INIT_ARGS").unwrap_or_default();
+    let flags = format!("{flags} --xla_jf_dump_to={} --xla_jf_dump_llo_text=true", dumps.display());
+    let child = Command::new(env::current_exe().context("this program's own file is not known")?)
+        .args(["bench", "kernels", "--topology", topology, "--compile-only"])
+        .arg(&file)
+        .arg("--pjrt-plugin")
+        .arg(libtpu)
+        .env("LIBTPU_INIT_ARGS", flags.trim())
+        .env("TPU_SKIP_MDS_QUERY", "1")
+        .env("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+        .stdin(Stdio::null())
+        .output()?;
+    if !child.status.success() {
+        let log = String::from_utf8_lossy(&child.stderr);
+        let words = log.lines().rfind(|line| line.starts_with("error: ")).unwrap_or(log.trim_end());
+        bail!("it does not compile: {}", words.trim_start_matches("error: "));
+    }
+    read(&dumps, kernel)
+}
+
+fn read(dumps: &Path, kernel: &str) -> anyhow::Result<Schedule> {
+    let (mut bundles, mut utilization): (Option<PathBuf>, Option<PathBuf>) = (None, None);
+    for entry in fs::read_dir(dumps)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let Some((found, kind)) = name.to_str().and_then(dump_of) else { continue };
+        // The operation is named for the kernel, with a number behind a dot.
+        if found.split('.').next() == Some(kernel) {
+            match kind {
+                DumpKind::Bundles => bundles = Some(entry.path()),
+                DumpKind::Utilization => utilization = Some(entry.path()),
+            }
+        }
+    }
+    let (Some(bundles), Some(utilization)) = (bundles, utilization) else {
+        bail!("libtpu wrote no schedule of '{kernel}'; is LIBTPU_INIT_ARGS heeded?")
+    };
+    Ok(Schedule::parse(&fs::read_to_string(bundles)?, &fs::read_to_string(utilization)?)?)
+}
