@@ -23,6 +23,13 @@ fn a_kernel_is_costed_without_a_tpu() {
         assert!(number(case, "loop_cycles") < number(case, "path_cycles"), "{case}");
         assert!(number(case, "modelled_of_floor") >= 1.0, "{case}");
         assert!(number(case, "kv_bytes") < number(case, "bytes_in"), "{case}");
+        // An iteration takes 4 pages of 128 tokens.
+        let contexts = [512.0, 1024.0, 4096.0, 32_768.0];
+        let tokens = contexts.iter().find(|tokens| case["case"].as_str().unwrap().ends_with(&format!(" kv {tokens}")));
+        let groups = 64.0 * tokens.unwrap() / 512.0;
+        assert_eq!(number(case, "loop_cycles"), groups * number(&case["inner_loop"], "cycles"), "{case}");
+        let share = number(&case["inner_loop"]["slot_use"], case["inner_loop"]["busiest"].as_str().unwrap());
+        assert!(share > 0.0 && share <= 1.0, "{case}");
     }
     // Twice the tokens are about twice the groups of pages, and the loop is all that grows.
     let ratio = number(&cases[1], "loop_cycles") / number(&cases[0], "loop_cycles");

@@ -78,6 +78,11 @@ impl Work {
         self.bytes_in + self.bytes_out + 2 * self.bytes_within
     }
 
+    /// Of decode's loop and of prefill's.
+    pub fn iterations(&self) -> u64 {
+        self.groups + self.whole + self.edges
+    }
+
     fn decode(&mut self, queue: &Queue, tuning: &Tuning, sizes: &Bytes) {
         for item in &queue.items[..self.groups as usize * tuning.pages] {
             let low = (item >> Item::LOW_BIT) & 0x7F;

@@ -16,6 +16,8 @@ pub struct Route {
     /// The bundles of decode's loop, and of prefill's.
     pub decode: Range<usize>,
     pub prefill: Range<usize>,
+    /// Of prefill's loop, what takes a whole block: its inner loop, unrolled.
+    pub whole: Range<usize>,
 }
 
 /// Vector stores of what begins or ends a tile, at least. What starts copies has none.
@@ -44,7 +46,8 @@ impl Route {
         let finder = Finder { schedule, work, decode, prefill, parts };
         let path = finder.branches(finder.loops());
         let of = |index: usize| loops[index].bundles.clone();
-        Ok(Self { path, decode: of(decode), prefill: of(prefill) })
+        let whole = finder.whole().ok_or("no branch skips what takes a whole block")?;
+        Ok(Self { path, decode: of(decode), prefill: of(prefill), whole })
     }
 
     /// What the loops that do the work take, all their iterations.

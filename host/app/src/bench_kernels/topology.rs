@@ -15,9 +15,9 @@ use std::{
 
 use anyhow::{Context, anyhow, bail, ensure};
 use indicatif::ProgressBar;
-use serde_json::{Value, json};
-use torus_attention::{Route, Work};
-use torus_mosaic::schedule::{DumpKind, Schedule, Unit, dump_of};
+use serde_json::{Map, Value, json};
+use torus_attention::{Route, Work, queue::Sequence};
+use torus_mosaic::schedule::{DumpKind, Schedule, Unit, Usage, dump_of};
 use torus_pjrt::CompileOptions;
 
 use crate::{
@@ -26,7 +26,7 @@ use crate::{
 };
 
 use cases::{Batch, Case};
-use model::{Chip, Modelled};
+use model::{Chip, Modelled, Part};
 
 pub fn run(args: &KernelBenchArgs, topology: &str) -> anyhow::Result<ExitCode> {
     let cache = CacheDir::new(args.cache_dir.as_deref())?;
@@ -73,15 +73,18 @@ impl KernelBenchArgs {
 struct Line {
     name: String,
     work: Work,
-    /// Cycles of the loop that does the work, all iterations, and of the whole path.
+    /// Cycles of the loops that do the work, all iterations, and of the whole path.
     loop_cycles: f64,
     path_cycles: f64,
-    /// Use of each unit's slots in that loop, and of the busiest.
-    shares: Vec<(Unit, f64)>,
-    busiest: (Unit, f64),
-    spills: f64,
+    /// One iteration of decode's loop, or of a chunk's where it takes a whole block.
+    inner: Usage,
     modelled: Modelled,
+    /// Why it takes longer than [`NEAR`] of its floor.
+    reasons: Vec<&'static str>,
 }
+
+/// Up to this multiple of its floor a kernel needs no excuse.
+const NEAR: f64 = 1.3;
 
 impl Case {
     /// Compiles the kernel, and costs its batches.
@@ -93,36 +96,55 @@ impl Case {
     }
 
     fn line(&self, schedule: &Schedule, batch: &Batch, chip: &Chip) -> anyhow::Result<Line> {
-        let work = Work::of(&self.spec, &self.shape, &self.tuning, &batch.sequences)?;
-        let route =
-            Route::new(schedule, &work).map_err(|reason| anyhow!("the schedule is not understood: {reason}"))?;
-        let (main, run) = (route.main(schedule), schedule.run(&route.path));
-        let modelled = chip.model(&work, &route, schedule, run.cycles);
+        let (work, route) = self.way(schedule, &batch.sequences)?;
+        let inner = if work.chunks > 0 { route.whole.clone() } else { route.decode.clone() };
+        let parts = batch.parts(self.shape.draft).into_iter().map(|sequences| {
+            let (work, route) = self.way(schedule, &sequences)?;
+            let last = route.last_iterations(schedule, &work);
+            Ok(Part { work, path: schedule.run(&route.path).cycles, last })
+        });
+        let modelled = chip.model(&work, &parts.collect::<anyhow::Result<Vec<_>>>()?);
         Ok(Line {
             name: format!("{} {}", self.name, batch.name),
-            loop_cycles: main.cycles,
-            path_cycles: run.cycles,
-            shares: Unit::ALL.into_iter().map(|unit| (unit, main.share(unit))).collect(),
-            busiest: main.busiest(),
-            spills: main.slots(Unit::Spill) / (work.groups + work.whole + work.edges).max(1) as f64,
-            modelled,
             work,
+            loop_cycles: route.main(schedule).cycles,
+            path_cycles: schedule.run(&route.path).cycles,
+            inner: schedule.usage(inner),
+            reasons: if modelled.ratio() > NEAR { self.reasons(batch) } else { Vec::new() },
+            modelled,
         })
+    }
+
+    fn way(&self, schedule: &Schedule, sequences: &[Sequence]) -> anyhow::Result<(Work, Route)> {
+        let work = Work::of(&self.spec, &self.shape, &self.tuning, sequences)?;
+        let route =
+            Route::new(schedule, &work).map_err(|reason| anyhow!("the schedule is not understood: {reason}"))?;
+        Ok((work, route))
     }
 }
 
 impl Line {
+    /// Slot use in the inner loop, the busiest unit first.
+    fn shares(&self) -> Vec<(Unit, f64)> {
+        let units = Unit::ALL.into_iter().filter(|unit| !unit.is_part());
+        let mut shares: Vec<_> = units.map(|unit| (unit, self.inner.share(unit))).collect();
+        shares.sort_by(|a, b| b.1.total_cmp(&a.1));
+        shares
+    }
+
     fn json(&self) -> Value {
-        let shares: serde_json::Map<_, _> =
-            self.shares.iter().map(|(unit, share)| (unit.name().to_owned(), json!(share))).collect();
+        let shares = self.shares();
         let Work { bytes_in, bytes_out, bytes_within, kv_bytes, flops, .. } = self.work;
         json!({
             "case": self.name,
             "loop_cycles": self.loop_cycles,
             "path_cycles": self.path_cycles,
-            "slot_use": shares,
-            "busiest": self.busiest.0.name(),
-            "spills_per_iteration": self.spills,
+            "inner_loop": {
+                "cycles": self.inner.cycles,
+                "busiest": shares.first().map(|(unit, _)| unit.name()),
+                "slot_use": shares.iter().map(|(unit, share)| (unit.name().to_owned(), json!(share))).collect::<Map<_, _>>(),
+                "spills": self.inner.slots(Unit::Spill),
+            },
             "bytes_in": bytes_in,
             "bytes_out": bytes_out,
             "bytes_within_hbm": bytes_within,
@@ -133,42 +155,55 @@ impl Line {
             "loop_of_floor": self.loop_cycles / self.modelled.floor(),
             "modelled_cycles": self.modelled.cycles,
             "modelled_of_floor": self.modelled.ratio(),
+            "reasons": self.reasons,
         })
+    }
+
+    fn print(&self) {
+        let units = self.shares().into_iter().filter(|(_, share)| *share >= 0.1);
+        let units: Vec<_> = units.map(|(unit, share)| format!("{} {:.0}%", unit.name(), share * 100.0)).collect();
+        println!(
+            "{:<34} {:>9.0} {:>9.0} {:>8.1} {:>9.0} {:>9.0} {:>6.3} {:>8.3} {:>6.0}  {}; {:.0} spills",
+            self.name,
+            self.loop_cycles,
+            self.path_cycles,
+            self.work.hbm_bytes() as f64 / 1e6,
+            self.modelled.memory,
+            self.modelled.arithmetic,
+            self.loop_cycles / self.modelled.floor(),
+            self.modelled.ratio(),
+            self.inner.cycles,
+            units.join(", "),
+            self.inner.slots(Unit::Spill),
+        );
     }
 }
 
 fn print(topology: &str, chip: &Chip, lines: &[Result<Line, String>]) {
-    println!("{topology}: cycles of libtpu's schedules at {:.2} GHz; nothing was run on a TPU", chip.hertz / 1e9);
-    for line in chip.assumptions() {
-        println!("  {line}");
-    }
     println!(
-        "{:<34} {:>11} {:>11} {:>9} {:>11} {:>11} {:>7} {:>9}  slots in use in the loop",
-        "case", "loop", "path", "DMA MB", "DMA cycles", "FLOP cycles", "loop", "modelled"
+        "{topology}: cycles of libtpu's schedules at {:.2} GHz, stalls included; nothing was run on a TPU.",
+        chip.hertz / 1e9
+    );
+    chip.assumptions().iter().for_each(|line| println!("{line}"));
+    println!(
+        "Columns: the loops that do the work, and the executed path; DMAs and products at the chip's rate; loop and model as \
+         multiples of the longer of these; one iteration (of a chunk: one whole block) and the slots that it uses, the \
+         busiest unit first.\n"
+    );
+    println!(
+        "{:<34} {:>9} {:>9} {:>8} {:>9} {:>9} {:>6} {:>8} {:>6}  slots",
+        "case", "loops", "path", "DMA MB", "DMA", "FLOP", "loops", "modelled", "inner"
     );
     for line in lines {
-        let line = match line {
-            Ok(line) => line,
-            Err(error) => {
-                println!("{error}");
-                continue;
-            }
-        };
-        let units = line.shares.iter().filter(|(unit, share)| !unit.is_part() && *share >= 0.1);
-        let units: Vec<_> = units.map(|(unit, share)| format!("{} {:.0}%", unit.name(), share * 100.0)).collect();
-        println!(
-            "{:<34} {:>11.0} {:>11.0} {:>9.1} {:>11.0} {:>11.0} {:>7.2} {:>9.2}  {}; {:.0} spills",
-            line.name,
-            line.loop_cycles,
-            line.path_cycles,
-            line.work.hbm_bytes() as f64 / 1e6,
-            line.modelled.memory,
-            line.modelled.arithmetic,
-            line.loop_cycles / line.modelled.floor(),
-            line.modelled.ratio(),
-            units.join(", "),
-            line.spills,
-        );
+        match line {
+            Ok(line) => line.print(),
+            Err(error) => println!("{error}"),
+        }
+    }
+    let far = |line: &&Line| line.modelled.ratio() > NEAR;
+    for line in lines.iter().flatten().filter(far) {
+        let reasons = if line.reasons.is_empty() { "no reason is known".to_owned() } else { line.reasons.join("; ") };
+        println!("Above {NEAR}: {}: {reasons}", line.name);
     }
 }
 

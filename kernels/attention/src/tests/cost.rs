@@ -109,17 +109,19 @@ fn compile() {
     let run = |lengths: &[(usize, usize)]| {
         let work = work(&case, lengths);
         let route = Route::new(&schedule, &work).unwrap();
-        (work, route.main(&schedule), schedule.run(&route.path), schedule.usage(route.decode.clone()))
+        (work, route.main(&schedule), schedule.run(&route.path), route)
     };
     let decodes = vec![(1, 300); 32];
-    let (decode_work, decode_loop, decode_run, body) = run(&decodes);
+    let (decode_work, decode_loop, decode_run, route) = run(&decodes);
+    let body = schedule.usage(route.decode.clone());
     assert_eq!(decode_loop.cycles, decode_work.groups as f64 * body.cycles);
     assert!(decode_run.cycles > decode_loop.cycles);
     assert_eq!(decode_loop.slots(Unit::Matmul), decode_work.groups as f64 * body.slots(Unit::Matmul));
     // Where prefill takes a block whole, the matrix units are the busiest, and busy for most of the time.
     let products = |bundles: &Range<usize>| schedule.usage(bundles.clone()).slots(Unit::Matmul);
-    let whole = schedule.segments().into_iter().max_by(|a, b| products(a).total_cmp(&products(b))).unwrap();
-    let (unit, share) = schedule.usage(whole).busiest();
+    let most = schedule.segments().into_iter().max_by(|a, b| products(a).total_cmp(&products(b))).unwrap();
+    assert_eq!(products(&route.whole), products(&most));
+    let (unit, share) = schedule.usage(route.whole).busiest();
     assert!(unit == Unit::Matmul && share >= 0.8, "{unit:?} {share}");
     // Every block is multiplied once: the products of a batch grow with its blocks alone.
     let (one, _, one_run, _) = run(&[(256, 4096)]);

@@ -49,6 +49,7 @@ pub fn all(generation: Generation) -> Result<Vec<Case>, Unsupported> {
         decode("decode 8/2x256", spec(8, 2, 256)),
         decode("decode window 1024", Spec { window: Some(1024), ..base.clone() }),
         decode("decode fp8", Spec { kv: KvFormat::Fp8 { scales }, ..base.clone() }),
+        decode("decode int8", Spec { kv: KvFormat::Int8 { scales }, ..base.clone() }),
         Case::new("decode 4 drafted", base.clone(), 4, decodes(4)),
         Case::new("prefill 8/2x128", base, 1, prefills()),
     ]
@@ -85,7 +86,37 @@ fn sequences(lengths: &[(usize, usize)]) -> Vec<Sequence> {
     lengths.iter().map(sequence).collect()
 }
 
+impl Batch {
+    /// Those that are decoded and those that are prefilled, where there are any.
+    pub fn parts(&self, draft: usize) -> Vec<Vec<Sequence>> {
+        let (decoded, prefilled): (Vec<_>, Vec<_>) =
+            self.sequences.iter().cloned().partition(|sequence| sequence.new <= draft);
+        [decoded, prefilled].into_iter().filter(|part| !part.is_empty()).collect()
+    }
+}
+
 impl Case {
+    /// Why a batch may take much longer than its floors, as far as its kind is the reason.
+    pub fn reasons(&self, batch: &Batch) -> Vec<&'static str> {
+        let Spec { head_dim, kv, generation, .. } = self.spec;
+        let prefills = batch.sequences.iter().any(|sequence| sequence.new > self.shape.draft);
+        let wide = generation != Generation::V5e;
+        let reasons = [
+            (head_dim == 64, "a key or a value of 64 takes 128 lanes of a product"),
+            (kv != KvFormat::Bf16, "8 bits are half of the bytes for the same products, and are widened before them"),
+            (
+                generation == Generation::Tpu7x && !prefills,
+                "a core has 2.25 times the bandwidth of a v6e for the same products",
+            ),
+            (
+                prefills && wide && head_dim < 256,
+                "heads of less than 256 leave a part of each matrix unit idle, which the floor counts",
+            ),
+            (prefills, "blocks at an edge are multiplied whole though they are seen in part"),
+        ];
+        reasons.into_iter().filter_map(|(holds, reason)| holds.then_some(reason)).collect()
+    }
+
     /// `draft` is how many new tokens a decoded sequence has at most.
     fn new(name: &str, spec: Spec, draft: usize, batches: Vec<Batch>) -> Result<Self, Unsupported> {
         let of = |count: fn(&Batch) -> usize| batches.iter().map(count).max().unwrap_or(0);
@@ -115,6 +146,8 @@ mod tests {
                 let kernel = torus_attention::kernel(&case.spec, &case.shape, &case.tuning).unwrap();
                 assert!(kernel.program(&torus_attention::call_options(&case.spec)).is_ok(), "{}", case.name);
                 for batch in &case.batches {
+                    let parts = batch.parts(case.shape.draft);
+                    assert_eq!(parts.iter().map(Vec::len).sum::<usize>(), batch.sequences.len());
                     let work = Work::of(&case.spec, &case.shape, &case.tuning, &batch.sequences).unwrap();
                     assert!(work.kv_bytes > 0 && work.flops > 0, "{} {}", case.name, batch.name);
                 }

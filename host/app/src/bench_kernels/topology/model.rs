@@ -2,8 +2,8 @@
 
 use anyhow::bail;
 use serde_json::{Value, json};
-use torus_attention::{Route, Work};
-use torus_mosaic::{Generation, schedule::Schedule};
+use torus_attention::Work;
+use torus_mosaic::Generation;
 
 /// One core of a generation of TPU, in the maker's numbers.
 pub struct Chip {
@@ -13,11 +13,20 @@ pub struct Chip {
     flops_per_second: f64,
 }
 
-/// Cycles from the start of a kernel's first DMA to its data.
+/// Cycles from the start of a part's first DMA to its data.
 const FIRST_DMA: f64 = 1500.0;
 /// Before the first DMA starts, and from the last result to the next kernel.
 const START: f64 = 150.0;
 const END: f64 = 500.0;
+
+/// One of a launch's parts, which follow one another: decode, then prefill.
+pub struct Part {
+    pub work: Work,
+    /// Cycles of its executed path.
+    pub path: f64,
+    /// Cycles that remain when its last bytes have come.
+    pub last: f64,
+}
 
 /// A kernel's time as the model has it, in cycles.
 pub struct Modelled {
@@ -51,18 +60,19 @@ impl Chip {
         Ok(Self { generation, hertz, bytes_per_second, flops_per_second })
     }
 
-    pub fn assumptions(&self) -> Vec<String> {
-        vec![
+    /// What the numbers rest on, for whoever reads them.
+    pub fn assumptions(&self) -> [String; 3] {
+        [
             format!(
-                "floors of one core: {:.0} GB/s for all bytes that DMAs move, {:.0} TFLOP/s for products of seen tokens",
+                "Floors of one core: {:.0} GB/s for all bytes that DMAs move, {:.0} TFLOP/s for products of seen tokens.",
                 self.bytes_per_second / 1e9,
                 self.flops_per_second / 1e12
             ),
             format!(
-                "modelled = {END:.0} + the longer of: {START:.0} + {FIRST_DMA:.0} (first DMA) + DMA + last iterations; \
-                 {START:.0} + {FIRST_DMA:.0} + first group's DMA + path"
+                "Modelled: {START:.0} cycles to start; for decode, then for prefill, {FIRST_DMA:.0} for the first DMA and the \
+                 longer of (all DMA, then the last iterations) and (the first group's DMA, then the path); {END:.0} to end."
             ),
-            "columns: loop and path in cycles, loop and modelled as a multiple of the larger floor".to_owned(),
+            "Assumed, not measured: those latencies, and HBM at its nominal bandwidth, without contention.".to_owned(),
         ]
     }
 
@@ -72,23 +82,29 @@ impl Chip {
             "bytes_per_second": self.bytes_per_second,
             "flops_per_second": self.flops_per_second,
             "assumed_cycles": {"first_dma": FIRST_DMA, "start": START, "end": END},
+            "assumptions": self.assumptions(),
         })
     }
 
-    fn bytes(&self, bytes: f64) -> f64 {
-        bytes / self.bytes_per_second * self.hertz
+    fn memory(&self, work: &Work) -> f64 {
+        self.bytes(work.hbm_bytes())
     }
 
-    /// The time of a launch whose executed path takes `path` cycles.
-    pub fn model(&self, work: &Work, route: &Route, schedule: &Schedule, path: f64) -> Modelled {
-        let memory = self.bytes(work.hbm_bytes() as f64);
-        let arithmetic = work.flops as f64 / self.flops_per_second * self.hertz;
-        // What remains when the last bytes have come: the iteration that waits for them, and of decode the one behind it.
-        let last = route.last_iterations(schedule, work);
-        let first_group = self.bytes(work.kv_bytes as f64) / (work.groups + work.whole + work.edges).max(1) as f64;
-        let streamed = START + FIRST_DMA + memory + last;
-        let computed = START + FIRST_DMA + first_group + path;
-        Modelled { memory, arithmetic, cycles: END + streamed.max(computed) }
+    fn bytes(&self, bytes: u64) -> f64 {
+        bytes as f64 / self.bytes_per_second * self.hertz
+    }
+
+    /// The time of a launch that does this work in these parts.
+    pub fn model(&self, work: &Work, parts: &[Part]) -> Modelled {
+        let of_part = |part: &Part| {
+            let first_group = self.bytes(part.work.kv_bytes) / part.work.iterations().max(1) as f64;
+            FIRST_DMA + (self.memory(&part.work) + part.last).max(first_group + part.path)
+        };
+        Modelled {
+            memory: self.memory(work),
+            arithmetic: work.flops as f64 / self.flops_per_second * self.hertz,
+            cycles: START + parts.iter().map(of_part).sum::<f64>() + END,
+        }
     }
 }
 
@@ -100,8 +116,26 @@ mod tests {
     fn chips_are_known_by_their_topologies() {
         let chip = Chip::of_topology("v6e:2x2").unwrap();
         // Two KV heads of 128 in bf16: 1.09 cycles per token.
-        assert!((chip.bytes(1024.0) - 1.0927).abs() < 1e-3);
+        assert!((chip.bytes(1024) - 1.0927).abs() < 1e-3);
         assert_eq!(Chip::of_topology("tpu7x:1x1x1").unwrap().generation, Generation::Tpu7x);
         assert!(Chip::of_topology("v4:2x2").err().unwrap().to_string().contains("v4:2x2"));
+    }
+
+    #[test]
+    fn each_part_takes_the_longer_of_its_bytes_and_its_path() {
+        let chip = Chip::of_topology("v6e:1x1").unwrap();
+        let part = |groups: u64, path: f64| Part {
+            work: Work { groups, bytes_in: 1 << 20, kv_bytes: 1 << 20, flops: 1, ..Work::default() },
+            path,
+            last: 100.0,
+        };
+        let whole = Work { bytes_in: 2 << 20, flops: 2, ..Work::default() };
+        let bytes = chip.bytes(1 << 20);
+        let near = |found: f64, wanted: f64| assert!((found - wanted).abs() < 1e-6, "{found} {wanted}");
+        near(chip.model(&whole, &[part(4, 1.0)]).cycles, 2150.0 + bytes + 100.0);
+        near(chip.model(&whole, &[part(4, 1e6)]).cycles, 2150.0 + bytes / 4.0 + 1e6);
+        let both = chip.model(&whole, &[part(4, 1.0), part(4, 1e6)]);
+        near(both.cycles, 3650.0 + bytes + 100.0 + bytes / 4.0 + 1e6);
+        near(both.floor(), 2.0 * bytes);
     }
 }
