@@ -43,10 +43,10 @@ pub fn run(args: &KernelBenchArgs, limits: &Limits) -> anyhow::Result<ExitCode> 
         return Ok(ExitCode::SUCCESS);
     }
     println!("{} layers with {} instructions, each case beside its limit in the same rounds", args.layers, level());
-    println!("{:<24} {:>10} {:>10} {:>10}  {:<11} {:>8}", "case", "ms", "GB/s", "GOP/s", "bound by", "of limit");
+    println!("{:<28} {:>10} {:>10} {:>10}  {:<11} {:>8}", "case", "ms", "GB/s", "GOP/s", "bound by", "of limit");
     for (case, timing) in &lines {
         println!(
-            "{:<24} {:>10.3} {:>10.1} {:>10.0}  {:<11} {:>7.1}%",
+            "{:<28} {:>10.3} {:>10.1} {:>10.0}  {:<11} {:>7.1}%",
             case.name,
             timing.median * 1e3,
             timing.bytes as f64 / timing.median / 1e9,
@@ -73,6 +73,9 @@ enum Kernel {
     Attention(AttentionCase),
 }
 
+/// Tokens of a piece of a prompt, and how many sequences of how many tokens decode beside.
+const MIXED: (usize, (usize, usize)) = (8, (8, 256));
+
 fn cases(args: &KernelBenchArgs) -> anyhow::Result<Vec<Case>> {
     let sizes = [args.hidden, args.intermediate, args.layers, args.rounds];
     ensure!(sizes.iter().all(|size| *size > 0), "--hidden, --intermediate, --layers and --rounds must be at least 1");
@@ -90,9 +93,15 @@ fn cases(args: &KernelBenchArgs) -> anyhow::Result<Vec<Case>> {
         for (sequences, new) in [(1, 1), (8, 1), (32, 1), (1, 16), (1, 512)] {
             if new <= *context {
                 let name = format!("attention {sequences}x{new} at {context}");
-                let case = AttentionCase { sequences, new, len: *context };
+                let case = AttentionCase { sequences, new, len: *context, beside: (0, 0) };
                 cases.push(Case { name, kernel: Kernel::Attention(case) });
             }
+        }
+        // A piece of a prompt beside sequences that decode, as the pace of prompts makes them.
+        if *context >= MIXED.0 {
+            let name = format!("attention {}x1, 1x{} at {context}", MIXED.1.0, MIXED.0);
+            let case = AttentionCase { sequences: 1, new: MIXED.0, len: *context, beside: MIXED.1 };
+            cases.push(Case { name, kernel: Kernel::Attention(case) });
         }
     }
     Ok(cases)
@@ -188,7 +197,7 @@ mod tests {
         let formats = "--formats f32 bf16 f16 q8 q4 q4min q5 q5min q6 --rows 1 3 --context 20";
         let args = parse(&format!("{sizes} {formats}"));
         let cases = cases(&args).unwrap();
-        assert_eq!(cases.len(), 9 * 2 + 4);
+        assert_eq!(cases.len(), 9 * 2 + 5);
         for case in &cases {
             let timing = case.measure(&args).unwrap();
             assert!(timing.operations > 0.0 && case.json(&timing)["median_s"].as_f64().unwrap() > 0.0, "{}", case.name);

@@ -61,7 +61,7 @@ fn main() {
 
 fn attention() {
     for (sequences, new, len) in [(1, 1, 128), (1, 1, 4096), (8, 1, 576), (32, 1, 576), (1, 512, 512), (1, 16, 4096)] {
-        let case = AttentionCase { sequences, new, len };
+        let case = AttentionCase { sequences, new, len, beside: (0, 0) };
         print(&format!("attention.{sequences}x{new}@{len}"), &attention_layers(&PARAMS, LAYERS, case, ROUNDS).unwrap());
     }
 }

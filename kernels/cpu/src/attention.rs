@@ -3,7 +3,7 @@
 //! Every query attends causally to its own sequence, whose keys and values lie in pages ([`pages`]). The new ones are
 //! written in the same call. Work is cut into *tiles* of query rows, some tokens by the heads that share a KV head, which
 //! walk over the sequence with a running softmax ("FlashAttention", Dao et al., 2022; "Online normalizer calculation for
-//! softmax", Milakov and Gimelshein, 2018). Where there are fewer tiles than threads, the sequence is split too, and the
+//! softmax", Milakov and Gimelshein, 2018). Where a tile is a large share of a thread's work, its walk is cut too, and the
 //! parts are merged.
 
 use torus_abi::kernel::{parallel_for, threads};
@@ -41,8 +41,10 @@ const STRIP_ROWS: usize = 12;
 /// Strips of a tile, which share each block of keys and values while it is in the cache.
 const STRIPS: usize = 4;
 
-/// Tasks for each thread, at least, as far as the sequences are long enough: so many that they end at about the same time.
+/// A task is at most this part of a thread's work, as far as sequences can be cut, so that all end at about the same time.
 const TASKS_PER_THREAD: usize = 8;
+/// Rows whose products take as long as it takes to load keys and values for them.
+const LOAD_ROWS: usize = 2;
 
 /// What attention computes, beside its tensors.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -173,65 +175,91 @@ pub fn attention<X: Element, Y: Element, K: KvElement>(
     scales: &mut [f32],
     out: &mut [Y],
 ) -> Result<(), String> {
+    attention_for(threads(), params, step, inputs, pool, scales, out)
+}
+
+/// As [`attention`], cut for so many threads.
+fn attention_for<X: Element, Y: Element, K: KvElement>(
+    threads: usize,
+    params: &Params,
+    step: &Step<'_>,
+    inputs: &Inputs<'_, X>,
+    pool: &mut [K],
+    scales: &mut [f32],
+    out: &mut [Y],
+) -> Result<(), String> {
     let shape = PoolShape::new(params);
     let width = params.q_heads * params.head_dim;
     step.check(params, out.len() / width, pool.len() / shape.page_elements())?;
     pages::write(params, step, inputs, pool, scales);
     Y::clear(&mut out[step.tokens() * width..]);
+    let tiles = tiles(params, step);
+    let work = Work { params, step, tasks: cut(params, step, &tiles, threads), tiles };
     match level() {
         #[cfg(target_arch = "x86_64")]
         Level::Avx2 => {
             let products: Products<f32, _> = (avx2::scores, avx2::weighted);
-            attend(params, step, products, &inputs.q, pool, scales, out);
+            work.attend(products, &inputs.q, pool, scales, out);
         }
-        level => attend(params, step, products(level), &inputs.q, pool, scales, out),
+        level => work.attend(products(level), &inputs.q, pool, scales, out),
     }
     Ok(())
 }
 
-/// Attends to what the pool holds, with queries and weights in the type that the products take.
-fn attend<X: Element, Q: Compute, Y: Element, K: KvElement>(
-    params: &Params,
-    step: &Step<'_>,
-    products: Products<Q, K::Compute>,
-    queries: &Rows<'_, X>,
-    pool: &[K],
-    scales: &[f32],
-    out: &mut [Y],
-) {
-    let items = items(params, step);
-    let splits = splits(&items, step);
-    let saved = STRIPS * Partial::saved(params.head_dim);
-    let mut partials = Buffer::<f32>::take(if splits > 1 { items.len() * splits * saved } else { 0 });
-    let shared = Shared::new(out);
-    let parts = Shared::new(&mut partials);
-    let level = level();
-    parallel_for(items.len() * splits, |index| {
-        let tile = Tile::new(params, step, &items[index / splits], pool, scales);
-        let mut strips = tile.strips();
-        let mut q = Buffer::<Q>::take(tile.rows() * params.head_dim);
-        load_queries(&tile, params, queries, &mut q);
-        tile.attend(level, products, &q, tile.part(index % splits, splits), &mut strips);
-        if splits == 1 {
-            finish(&tile, params, &strips, &shared);
-        } else {
-            // SAFETY: each index comes once.
-            let to = unsafe { parts.part(index * saved..(index + 1) * saved) };
-            for (strip, to) in strips.iter().zip(to.chunks_exact_mut(saved / STRIPS)) {
-                strip.save(to, params.head_dim);
-            }
-        }
-    });
-    if splits > 1 {
-        for (item, parts) in items.iter().zip(partials.chunks_exact(splits * saved)) {
-            let tile = Tile::new(params, step, item, pool, scales);
+/// A step's tiles, and the tasks that threads make of them.
+struct Work<'a> {
+    params: &'a Params,
+    step: &'a Step<'a>,
+    tiles: Buffer<Item>,
+    tasks: Buffer<Task>,
+}
+
+impl Work<'_> {
+    /// Attends to what the pool holds, with queries and weights in the type that the products take.
+    fn attend<X: Element, Q: Compute, Y: Element, K: KvElement>(
+        &self,
+        products: Products<Q, K::Compute>,
+        queries: &Rows<'_, X>,
+        pool: &[K],
+        scales: &[f32],
+        out: &mut [Y],
+    ) {
+        let (params, head_dim, level) = (self.params, self.params.head_dim, level());
+        let tile_of = |task: &Task| Tile::new(params, self.step, &self.tiles[task.tile as usize], pool, scales);
+        let saved = STRIPS * Partial::saved(head_dim);
+        let places = self.tasks.iter().filter(|task| task.parts > 1).count();
+        let mut partials = Buffer::<f32>::take(places * saved);
+        let (shared, parts) = (Shared::new(out), Shared::new(&mut partials));
+        parallel_for(self.tasks.len(), |index| {
+            let task = &self.tasks[index];
+            let tile = tile_of(task);
             let mut strips = tile.strips();
-            for part in parts.chunks_exact(saved) {
+            let mut q = Buffer::<Q>::take(tile.rows() * head_dim);
+            load_queries(&tile, params, queries, &mut q);
+            tile.attend(level, products, &q, tile.part(task.part as usize, task.parts as usize), &mut strips);
+            if task.parts == 1 {
+                return finish(&tile, params, &strips, &shared);
+            }
+            let place = task.place as usize;
+            // SAFETY: each part has a place of its own.
+            let to = unsafe { parts.part(place * saved..(place + 1) * saved) };
+            for (strip, to) in strips.iter().zip(to.chunks_exact_mut(saved / STRIPS)) {
+                strip.save(to, head_dim);
+            }
+        });
+        // The parts of a tile lie one after the other.
+        let mut rest = &partials[..];
+        for first in self.tasks.iter().filter(|task| task.parts > 1 && task.part == 0) {
+            let (own, others) = rest.split_at(first.parts as usize * saved);
+            let tile = tile_of(first);
+            let mut strips = tile.strips();
+            for part in own.chunks_exact(saved) {
                 for (strip, part) in strips.iter_mut().zip(part.chunks_exact(saved / STRIPS)) {
-                    strip.merge(part, params.head_dim);
+                    strip.merge(part, head_dim);
                 }
             }
             finish(&tile, params, &strips, &shared);
+            rest = others;
         }
     }
 }
@@ -249,21 +277,36 @@ pub(crate) struct Item {
 // SAFETY: numbers.
 unsafe impl Plain for Item {}
 
+/// One of the parts into which what a tile sees is cut.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+struct Task {
+    tile: u32,
+    part: u32,
+    parts: u32,
+    /// Place of its result, if the tile has more parts.
+    place: u32,
+}
+
+// SAFETY: numbers.
+unsafe impl Plain for Task {}
+
 /// Rows of a tile's strips but for the last: whole tokens, so that they differ little in what they see, unless one token
 /// has more heads.
 fn strip_rows(group: usize) -> usize {
     if group > STRIP_ROWS { STRIP_ROWS } else { STRIP_ROWS / group * group }
 }
 
-/// All tiles of a step, those of late tokens, which see most, first.
-fn items(params: &Params, step: &Step<'_>) -> Buffer<Item> {
+/// All tiles of a step. Prompts come after what decodes in a step, so the last sequences' are the first here, and of those
+/// the late tokens', which see most: large tasks first, small ones fill up the end.
+fn tiles(params: &Params, step: &Step<'_>) -> Buffer<Item> {
     let group = params.q_heads / params.kv_heads;
     let tile_rows = STRIPS * strip_rows(group);
     let rows_of = |seq: usize| (step.cu_q_lens[seq + 1] - step.cu_q_lens[seq]) as usize * group;
     let count: usize = (0..step.num_seqs).map(|seq| rows_of(seq).div_ceil(tile_rows)).sum();
     let mut items = Buffer::<Item>::take(count * params.kv_heads);
     let mut rest = items.iter_mut();
-    for seq in 0..step.num_seqs {
+    for seq in (0..step.num_seqs).rev() {
         let rows = rows_of(seq);
         for tile in (0..rows.div_ceil(tile_rows)).rev() {
             for kv_head in 0..params.kv_heads {
@@ -277,14 +320,27 @@ fn items(params: &Params, step: &Step<'_>) -> Buffer<Item> {
     items
 }
 
-/// Into how many parts each sequence is cut, so that all threads have work.
-fn splits(items: &[Item], step: &Step<'_>) -> usize {
-    let threads = threads();
-    if threads == 1 || items.len() >= TASKS_PER_THREAD * threads || items.is_empty() {
-        return 1;
+/// Cuts tiles that are a large share of the step's work, so that all threads have some until the end: with few sequences,
+/// and where one is much longer than others, as a prompt's part beside sequences that decode.
+fn cut(params: &Params, step: &Step<'_>, tiles: &[Item], threads: usize) -> Buffer<Task> {
+    let seen = |tile: &Item| Tile::<f32>::new(params, step, tile, &[], &[]).part(0, 1).len();
+    // Keys and values are loaded once for all rows.
+    let work = |tile: &Item| seen(tile) * (tile.rows as usize + LOAD_ROWS);
+    let limit = (tiles.iter().map(work).sum::<usize>() / (TASKS_PER_THREAD * threads)).max(1);
+    let parts = |tile: &Item| match threads {
+        1 => 1,
+        _ => work(tile).div_ceil(limit).min(seen(tile).div_ceil(BLOCK_TOKENS)).max(1),
+    };
+    let mut tasks = Buffer::<Task>::take(tiles.iter().map(parts).sum());
+    let (mut rest, mut places) = (tasks.iter_mut(), 0);
+    for (index, tile) in tiles.iter().enumerate() {
+        let parts = parts(tile);
+        for (part, task) in rest.by_ref().take(parts).enumerate() {
+            *task = Task { tile: index as u32, part: part as u32, parts: parts as u32, place: places };
+            places += u32::from(parts > 1);
+        }
     }
-    let longest = step.kv_lens[..step.num_seqs].iter().max().map_or(0, |len| *len as usize);
-    (TASKS_PER_THREAD * threads).div_ceil(items.len()).min(longest.div_ceil(BLOCK_TOKENS)).max(1)
+    tasks
 }
 
 /// Queries `[rows, head_dim]`, times the softmax's factor.

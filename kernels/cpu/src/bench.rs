@@ -169,7 +169,7 @@ impl RowSource for Noise {
     }
 }
 
-/// Sequences of the same length that attend together.
+/// Sequences of the same length that attend together, and others beside.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AttentionCase {
     pub sequences: usize,
@@ -177,6 +177,16 @@ pub struct AttentionCase {
     pub new: usize,
     /// Tokens of each, with those.
     pub len: usize,
+    /// How many sequences of how many tokens decode one beside, before them.
+    pub beside: (usize, usize),
+}
+
+impl AttentionCase {
+    /// New tokens and tokens of each sequence.
+    fn sequences(self) -> impl Iterator<Item = (usize, usize)> {
+        let beside = std::iter::repeat_n((1, self.beside.1), self.beside.0);
+        beside.chain(std::iter::repeat_n((self.new, self.len), self.sequences))
+    }
 }
 
 /// Attention of a case in so many layers, over bf16 pages that lie scattered.
@@ -189,16 +199,17 @@ pub fn attention_layers(params: &Params, layers: usize, case: AttentionCase, rou
     let page = PoolShape::new(params).page_elements();
     let layer = world.pages * page;
     let mut memory = Memory::zeroed(layers * layer * size_of::<bf16>());
-    let tokens = case.sequences * case.new;
+    let tokens = world.kv_slot.len();
     let width = (params.q_heads + 2 * params.kv_heads) * params.head_dim;
     let rows: Vec<f32> = (0..tokens * width).map(|index| (index * 37 % 101) as f32 / 50.0 - 1.0).collect();
     let part = |from: usize| Rows { data: &rows[from * params.head_dim..], stride: width };
     let inputs = Inputs { q: part(0), k: part(params.q_heads), v: part(params.q_heads + params.kv_heads) };
     let mut out = Buffer::<f32>::take(tokens * params.q_heads * params.head_dim);
     // Each new token sees those before it and itself.
-    let pairs = case.sequences * (0..case.new).map(|token| case.len - token).sum::<usize>();
+    let pairs: usize = case.sequences().flat_map(|(new, len)| (0..new).map(move |token| len - token)).sum();
     let operations = (layers * pairs * 4 * params.q_heads * params.head_dim) as f64;
-    let read = layers * world.page_table.len() * page * size_of::<bf16>();
+    let used: usize = case.sequences().map(|(_, len)| len.div_ceil(params.page_size)).sum();
+    let read = layers * used * page * size_of::<bf16>();
     let mut outcome = Ok(());
     let run = |memory: &mut Memory| {
         for pool in memory.elements_mut::<bf16>().chunks_exact_mut(layer) {
@@ -222,21 +233,31 @@ struct World {
 
 impl World {
     fn new(params: &Params, case: AttentionCase) -> Self {
-        let AttentionCase { sequences, new, len } = case;
-        let each = len.div_ceil(params.page_size);
-        let pages = (sequences * each).next_power_of_two();
+        let sequences: Vec<_> = case.sequences().collect();
+        let each = case.len.max(case.beside.1).div_ceil(params.page_size);
+        let pages = (sequences.len() * each).next_power_of_two();
         // An odd factor visits every page once.
-        let page_table: Vec<i32> = (0..sequences * each).map(|index| (index * 5 % pages) as i32).collect();
+        let page_table: Vec<i32> = (0..sequences.len() * each).map(|index| (index * 5 % pages) as i32).collect();
         let slot = |sequence: usize, position: usize| {
             let page = page_table[sequence * each + position / params.page_size];
             page * params.page_size as i32 + (position % params.page_size) as i32
         };
-        let new_tokens = (0..sequences).flat_map(|sequence| (len - new..len).map(move |at| (sequence, at)));
+        let tokens_of = |(index, (new, len)): (usize, &(usize, usize))| (len - new..*len).map(move |at| (index, at));
+        let mut cu_q_lens = vec![0];
+        cu_q_lens.extend(sequences.iter().scan(0, |total, (new, _)| {
+            *total += *new as i32;
+            Some(*total)
+        }));
         Self {
-            kv_slot: new_tokens.map(|(sequence, at)| slot(sequence, at)).collect(),
-            cu_q_lens: (0..=sequences).map(|sequence| (sequence * new) as i32).collect(),
-            kv_lens: vec![len as i32; sequences],
-            page_begin: (0..sequences).map(|sequence| (sequence * each) as i32).collect(),
+            kv_slot: sequences
+                .iter()
+                .enumerate()
+                .flat_map(tokens_of)
+                .map(|(sequence, at)| slot(sequence, at))
+                .collect(),
+            cu_q_lens,
+            kv_lens: sequences.iter().map(|(_, len)| *len as i32).collect(),
+            page_begin: (0..sequences.len()).map(|sequence| (sequence * each) as i32).collect(),
             page_table,
             pages,
         }
@@ -267,11 +288,15 @@ mod tests {
         }
         let params =
             Params { q_heads: 4, kv_heads: 2, head_dim: 32, page_size: 16, scale: 0.2, window: None, soft_cap: None };
-        let timing = attention_layers(&params, 2, AttentionCase { sequences: 3, new: 2, len: 40 }, 1).unwrap();
+        let case = AttentionCase { sequences: 3, new: 2, len: 40, beside: (0, 0) };
+        let timing = attention_layers(&params, 2, case, 1).unwrap();
         // Three pages of each sequence, in both layers, of two heads with keys and values.
         assert_eq!(timing.bytes, 2 * 3 * 3 * 2 * 2 * 16 * 32 * 2);
         assert_eq!(timing.operations, (2 * 3 * (40 + 39) * 4 * 4 * 32) as f64);
+        let beside = attention_layers(&params, 2, AttentionCase { beside: (4, 50), ..case }, 1).unwrap();
+        assert_eq!(beside.bytes, timing.bytes + 2 * 4 * 4 * 2 * 2 * 16 * 32 * 2);
+        assert_eq!(beside.operations, timing.operations + (2 * 4 * 50 * 4 * 4 * 32) as f64);
         let odd = Params { head_dim: 24, ..params };
-        assert!(attention_layers(&odd, 1, AttentionCase { sequences: 1, new: 1, len: 1 }, 1).is_err());
+        assert!(attention_layers(&odd, 1, case, 1).is_err());
     }
 }

@@ -29,6 +29,8 @@ fn cases() -> Vec<Case> {
         case(Params { q_heads: 9, kv_heads: 3, head_dim: 64, page_size: 32, ..PLAIN }, &[(127, 1), (0, 70)], 0),
         case(Params { q_heads: 17, kv_heads: 1, head_dim: 16, ..PLAIN }, &[(40, 2), (0, 3)], 0),
         case(Params { q_heads: 2, kv_heads: 1, head_dim: 256, page_size: 48, ..PLAIN }, &[(500, 1), (2, 40)], 5),
+        // A prompt's part that sees much, beside sequences that decode.
+        case(PLAIN, &[(9, 1), (30, 1), (17, 1), (3, 1), (8, 1), (40, 1), (21, 1), (11, 1), (700, 5)], 0),
     ]
 }
 
@@ -108,7 +110,7 @@ fn wide<X: Element>(values: &[X]) -> Vec<f32> {
     out
 }
 
-fn run<X: Element, K: KvElement>(case: &Case, world: &World, q: &[f32], out: &mut [X]) {
+fn run<X: Element, K: KvElement>(threads: usize, case: &Case, world: &World, q: &[f32], out: &mut [X]) {
     let (params, shape) = (&case.params, PoolShape::new(&case.params));
     let mut pool = vec![K::zero(); world.pages * shape.page_elements()];
     let mut scales = vec![0f32; if K::SCALED { pool.len() / params.head_dim } else { 0 }];
@@ -136,7 +138,7 @@ fn run<X: Element, K: KvElement>(case: &Case, world: &World, q: &[f32], out: &mu
         k: Rows { data: &k, stride: row },
         v: Rows { data: &v, stride: row },
     };
-    attention(params, &world.step(), &inputs, &mut pool, &mut scales, out).unwrap();
+    attention_for(threads, params, &world.step(), &inputs, &mut pool, &mut scales, out).unwrap();
 }
 
 fn expected(case: &Case, world: &World, q: &[f32]) -> Vec<f64> {
@@ -175,14 +177,20 @@ fn check<X: Element, K: KvElement>(tolerance: f64) {
         let world = World::new(case, &mut random);
         let width = case.params.q_heads * case.params.head_dim;
         let q: Vec<f32> = (0..world.tokens * width).map(|_| random.random_range(-2f32..2.0)).collect();
-        let mut out: Vec<X> = cast(&vec![7.0; (world.tokens + case.padding) * width]);
-        run::<X, K>(case, &world, &q, &mut out);
-        let out = wide(&out);
-        for (index, (found, expected)) in out.iter().zip(expected(case, &world, &q)).enumerate() {
-            let error = (f64::from(*found) - expected).abs();
-            assert!(error < tolerance, "case {number}, element {index}: {found} is not {expected}");
+        let expected = expected(case, &world, &q);
+        for threads in [1, 2] {
+            let mut out: Vec<X> = cast(&vec![7.0; (world.tokens + case.padding) * width]);
+            run::<X, K>(threads, case, &world, &q, &mut out);
+            let out = wide(&out);
+            for (index, (found, expected)) in out.iter().zip(&expected).enumerate() {
+                let error = (f64::from(*found) - expected).abs();
+                assert!(
+                    error < tolerance,
+                    "case {number}, {threads} threads, element {index}: {found} is not {expected}"
+                );
+            }
+            assert!(out[world.tokens * width..].iter().all(|padding| *padding == 0.0));
         }
-        assert!(out[world.tokens * width..].iter().all(|padding| *padding == 0.0));
     }
 }
 
@@ -203,6 +211,26 @@ fn bf16_pages_give_it_within_the_rounding_of_bf16() {
 fn int8_pages_give_it_within_the_rounding_of_int8() {
     check::<f32, i8>(1.5e-2);
     check::<bf16, i8>(2e-2);
+}
+
+#[test]
+fn threads_share_what_a_long_sequence_sees() {
+    let case = cases().pop().unwrap();
+    let world = World::new(&case, &mut ChaCha8Rng::seed_from_u64(13));
+    let (params, step) = (&case.params, &world.step());
+    let tiles = tiles(params, step);
+    let parts = |threads| {
+        let tasks = cut(params, step, &tiles, threads);
+        let places: Vec<_> = tasks.iter().filter(|task| task.parts > 1).map(|task| task.place as usize).collect();
+        assert_eq!(places, (0..places.len()).collect::<Vec<_>>());
+        tasks.iter().filter(|task| task.part == 0).map(|task| task.parts).collect::<Vec<_>>()
+    };
+    // The prompt's two tiles, one of each KV head, come first.
+    assert_eq!((tiles[0].seq, tiles[1].seq, tiles[2].seq), (8, 8, 7));
+    assert_eq!(parts(1), vec![1; tiles.len()]);
+    let shared = parts(2);
+    assert!(shared[0] == shared[1] && (6..=8).contains(&shared[0]), "{shared:?}");
+    assert!(shared[2..].iter().all(|parts| *parts == 1), "{shared:?}");
 }
 
 #[test]
