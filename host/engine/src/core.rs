@@ -24,7 +24,7 @@ use crate::{
     device::Pending,
     handle::{Command, Shared, Submission, lock},
     load::Loaded,
-    pace::Pace,
+    pace::{Pace, Tokens},
     pack::{self, Packed},
     profile::Profiler,
     program::Rows,
@@ -383,10 +383,14 @@ impl Core {
     /// Learns what a step cost: it began when it was launched or when the one before ended.
     fn note_pace(&mut self, batch: &Batch, launched: Instant, finished: Instant) {
         let begun = self.last_finished.replace(finished).map_or(launched, |last| last.max(launched));
-        let decodes = batch.rows.iter().filter(|row| row.len == 1).count();
-        self.pace.note(decodes, batch.tokens() - decodes, finished - begun);
-        if let Some(tokens) = self.pace.prompt_tokens(decodes) {
-            self.scheduler.limit_mixed_prefill(tokens);
+        let [mut decodes, mut prompts] = [Tokens::default(); 2];
+        for row in &batch.rows {
+            let decodes_one = row.len == 1 && row.samples.is_some();
+            if decodes_one { &mut decodes } else { &mut prompts }.add(row.start, row.len);
+        }
+        self.pace.note(decodes, prompts, finished - begun);
+        if let Some(limit) = self.pace.limit(decodes) {
+            self.scheduler.limit_mixed_prefill(limit);
         }
     }
 

@@ -1,23 +1,50 @@
 //! How many prompt tokens a step may compute beside sequences that decode, from what steps have cost so far.
 //!
 //! Those that decode wait for the whole step. A step may take so many times as long as one that only decodes; what is
-//! left of that time, at the cost of a prompt token, is the limit. With a factor of two, decoding is at most twice as slow
-//! while a prompt is computed, and the prompt at most twice as slow as alone.
+//! left of that time, at the cost of prompt tokens, is the limit. With a factor of two, decoding is at most twice as slow
+//! while a prompt is computed, and the prompt at most twice as slow as alone, as far as its tokens cost the same in small
+//! pieces.
+//!
+//! A token's cost grows with what it attends to, by a straight line that fits prompts so far; how far recent steps were off
+//! it counts at once. What decodes is taken to grow by the same, for it is not seen alone while a prompt is computed.
+//! Single steps that took much longer than others, as where other programs compute too, move nothing far.
 
 use std::time::Duration;
 
-/// Weight of a new measurement in the running means.
-const WEIGHT: f64 = 0.25;
+use torus_sched::PrefillLimit;
+
+/// Weight of a new measurement in a running mean, once there are many.
+const WEIGHT: f64 = 0.1;
+/// A measurement counts as at most so many times what is known, and as at least that part of it.
+const OUTLIER: f64 = 1.5;
+/// Share of its weight in the straight line that a piece of a prompt keeps from one to the next.
+const MEMORY: f64 = 0.999;
+/// Share of the mean cost of tokens that is theirs without context, at least.
+const PLAIN_SHARE_MIN: f64 = 0.1;
 
 #[derive(Debug)]
 pub(crate) struct Pace {
     slowdown: f64,
-    /// Seconds of a step that only decodes, by the power of two above the number of its sequences.
-    decode: [Option<f64>; SIZES],
+    /// Steps that only decode, by the power of two above the number of their sequences.
+    decode: [Option<Decode>; SIZES],
     /// The same, for sizes that have only been seen with prompts beside: what these leave of the step.
-    beside: [Option<f64>; SIZES],
-    /// Seconds of a prompt token.
-    token: Option<f64>,
+    beside: [Option<Decode>; SIZES],
+    prompts: Prompts,
+}
+
+/// Tokens that a step computes, and what they attend to, added up.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) struct Tokens {
+    pub count: usize,
+    pub context: f64,
+}
+
+impl Tokens {
+    /// Adds the positions from `start` on.
+    pub fn add(&mut self, start: usize, len: usize) {
+        self.count += len;
+        self.context += len as f64 * (start as f64 + len as f64 / 2.0);
+    }
 }
 
 const SIZES: usize = 20;
@@ -26,37 +53,145 @@ fn size(decodes: usize) -> usize {
     (decodes.next_power_of_two().trailing_zeros() as usize).min(SIZES - 1)
 }
 
-fn mix(mean: &mut Option<f64>, value: f64) {
-    *mean = Some(mean.map_or(value, |mean| mean + (value - mean) * WEIGHT));
+/// A mean of recent values.
+#[derive(Clone, Copy, Debug, Default)]
+struct Mean {
+    value: f64,
+    count: f64,
+}
+
+impl Mean {
+    fn add(&mut self, value: f64) {
+        self.count += 1.0;
+        self.value += (value - self.value) * (1.0 / self.count).max(WEIGHT);
+    }
+
+    /// As [`Self::add`], for values above zero.
+    fn add_robust(&mut self, value: f64) {
+        self.add(if self.count > 0.0 { near(value, self.value) } else { value });
+    }
+}
+
+fn near(value: f64, known: f64) -> f64 {
+    if known > 0.0 { value.clamp(known / OUTLIER, known * OUTLIER) } else { value }
+}
+
+/// What steps of about the same number of sequences cost, and what these attended to.
+#[derive(Clone, Copy, Debug, Default)]
+struct Decode {
+    seconds: Mean,
+    context: Mean,
+}
+
+impl Decode {
+    fn note(known: &mut Option<Self>, context: f64, seconds: f64) {
+        let known = known.get_or_insert_default();
+        known.context.add(context);
+        known.seconds.add_robust(seconds);
+    }
+}
+
+/// What prompt tokens cost: `scale * (plain + slope * context)`.
+#[derive(Clone, Copy, Debug)]
+struct Prompts {
+    plain: f64,
+    slope: f64,
+    scale: Mean,
+    /// Weighted sums over pieces of prompts, of `x` the context and `y` the seconds of a token: `1, x, x * x, y, x * y`.
+    sums: [f64; 5],
+}
+
+impl Prompts {
+    const UNKNOWN: Self = Self { plain: 0.0, slope: 0.0, scale: Mean { value: 1.0, count: 0.0 }, sums: [0.0; 5] };
+
+    fn is_known(&self) -> bool {
+        self.sums[0] > 0.0
+    }
+
+    /// What the straight line says.
+    fn line(&self, tokens: Tokens) -> f64 {
+        self.plain * tokens.count as f64 + self.slope * tokens.context
+    }
+
+    fn seconds(&self, tokens: Tokens) -> f64 {
+        self.scale.value * self.line(tokens)
+    }
+
+    fn note(&mut self, tokens: Tokens, seconds: f64) {
+        let (mut seconds, count) = (seconds, tokens.count as f64);
+        if self.is_known() {
+            seconds = near(seconds, self.seconds(tokens));
+        }
+        let (x, y) = (tokens.context / count, seconds / count);
+        let new = [1.0, x, x * x, y, x * y];
+        self.sums.iter_mut().zip(new).for_each(|(sum, new)| *sum = *sum * MEMORY + new);
+        self.fit();
+        let line = self.line(tokens);
+        if line > 0.0 {
+            self.scale.add_robust(seconds / line);
+        }
+    }
+
+    /// Least squares; a line that neither falls nor begins at nothing.
+    fn fit(&mut self) {
+        const SPREAD_MIN: f64 = 1e-3;
+        let [n, x, xx, y, xy] = self.sums;
+        let spread = n * xx - x * x;
+        self.slope = if spread > SPREAD_MIN * n * xx { ((n * xy - x * y) / spread).max(0.0) } else { 0.0 };
+        self.plain = (y - self.slope * x) / n;
+        let least = PLAIN_SHARE_MIN * y / n;
+        if self.plain < least {
+            self.plain = least;
+            self.slope = (y - least * n) / x;
+        }
+    }
 }
 
 impl Pace {
     pub fn new(slowdown: f64) -> Self {
-        Self { slowdown, decode: [None; SIZES], beside: [None; SIZES], token: None }
+        Self { slowdown, decode: [None; SIZES], beside: [None; SIZES], prompts: Prompts::UNKNOWN }
     }
 
-    /// Takes a step in that decoded `decodes` sequences and computed `prompt` tokens of prompts.
-    pub fn note(&mut self, decodes: usize, prompt: usize, took: Duration) {
-        let (took, size) = (took.as_secs_f64(), size(decodes));
-        match (decodes, prompt) {
+    /// Takes a step in that decoded and computed prompts.
+    pub fn note(&mut self, decodes: Tokens, prompts: Tokens, took: Duration) {
+        let (took, size) = (took.as_secs_f64(), size(decodes.count));
+        match (decodes.count, prompts.count) {
             (0, 0) => {}
-            (_, 0) => mix(&mut self.decode[size], took),
-            (0, prompt) => mix(&mut self.token, took / prompt as f64),
+            (_, 0) => Decode::note(&mut self.decode[size], decodes.context, took),
+            (0, _) => self.prompts.note(prompts, took),
             // One of the two must be known, or a larger batch would be taken for more costly prompts.
-            (_, prompt) => match (self.decode[size], self.token) {
-                (Some(decode), _) if decode < took => mix(&mut self.token, (took - decode) / prompt as f64),
-                (None, Some(token)) => mix(&mut self.beside[size], (took - token * prompt as f64).max(0.0)),
-                _ => {}
+            _ => match self.decode[size] {
+                Some(decode) => {
+                    let left = took - self.seconds(&decode, decodes);
+                    if left > 0.0 {
+                        self.prompts.note(prompts, left);
+                    }
+                }
+                None if self.prompts.is_known() => {
+                    let left = (took - self.prompts.seconds(prompts)).max(0.0);
+                    Decode::note(&mut self.beside[size], decodes.context, left);
+                }
+                None => {}
             },
         }
     }
 
-    /// Prompt tokens that the next step may compute beside so many that decode; `None` as long as that is unknown.
-    pub fn prompt_tokens(&self, decodes: usize) -> Option<usize> {
+    /// What a step would take that only decodes, from what is known of such steps.
+    fn seconds(&self, known: &Decode, decodes: Tokens) -> f64 {
+        let grown = decodes.context - known.context.value;
+        known.seconds.value + self.prompts.scale.value * self.prompts.slope * grown.max(0.0)
+    }
+
+    /// What the next step may compute of prompts beside so much that decodes; `None` as long as that is unknown.
+    pub fn limit(&self, decodes: Tokens) -> Option<PrefillLimit> {
         let known = |size: usize| self.decode[size].or(self.beside[size]);
-        let decode = (0..=size(decodes)).rev().find_map(known)?;
-        let tokens = (self.slowdown - 1.0) * decode / self.token?;
-        Some(if tokens.is_finite() { tokens.round() as usize } else { usize::MAX })
+        let known = (0..=size(decodes.count)).rev().find_map(known)?;
+        let prompts = self.prompts.is_known().then_some(&self.prompts)?;
+        let room = (self.slowdown - 1.0) * self.seconds(&known, decodes);
+        Some(PrefillLimit {
+            tokens: room / (prompts.scale.value * prompts.plain),
+            per_context: prompts.slope / prompts.plain,
+        })
     }
 }
 
@@ -66,29 +201,83 @@ mod tests {
 
     const MS: Duration = Duration::from_millis(1);
 
+    fn tokens(count: usize, context: usize) -> Tokens {
+        Tokens { count, context: (count * context) as f64 }
+    }
+
+    fn limit(pace: &Pace, decodes: usize) -> f64 {
+        (pace.limit(tokens(decodes, 0)).unwrap().tokens * 10.0).round() / 10.0
+    }
+
     #[test]
     fn a_mixed_step_takes_as_much_longer_as_it_may() {
         let mut pace = Pace::new(2.0);
-        assert_eq!(pace.prompt_tokens(8), None);
-        pace.note(0, 500, 250 * MS);
-        pace.note(8, 0, 10 * MS);
+        assert_eq!(pace.limit(tokens(8, 0)), None);
+        pace.note(tokens(0, 0), tokens(500, 0), 250 * MS);
+        pace.note(tokens(8, 0), tokens(0, 0), 10 * MS);
         // 10 ms more, at half a millisecond a token.
-        assert_eq!(pace.prompt_tokens(8), Some(20));
-        // A mixed step that took 30 ms: 20 ms for 20 tokens, twice as much as was known.
-        pace.note(8, 20, 30 * MS);
-        assert_eq!(pace.prompt_tokens(8), Some(16));
-        assert_eq!(Pace { slowdown: f64::INFINITY, ..pace }.prompt_tokens(8), Some(usize::MAX));
+        assert_eq!(limit(&pace, 8), 20.0);
+        // Mixed steps of 18 ms: 8 ms for 20 tokens, less than was known.
+        for _ in 0..100 {
+            pace.note(tokens(8, 0), tokens(20, 0), 18 * MS);
+        }
+        assert_eq!(limit(&pace, 8), 25.0);
+        assert_eq!(Pace { slowdown: f64::INFINITY, ..pace }.limit(tokens(8, 0)).unwrap().tokens, f64::INFINITY);
+    }
+
+    #[test]
+    fn tokens_cost_more_the_more_they_attend_to() {
+        let mut pace = Pace::new(2.0);
+        // 1 ms, and 1 us for each token of context; what decodes takes 10 ms without context.
+        let prompt = |start: usize, len: usize| {
+            let mut tokens = Tokens::default();
+            tokens.add(start, len);
+            (tokens, tokens.count as f64 * 1e-3 + tokens.context * 1e-6)
+        };
+        for start in (0..4096).step_by(512) {
+            let (tokens, seconds) = prompt(start, 512);
+            pace.note(Tokens::default(), tokens, Duration::from_secs_f64(seconds));
+        }
+        pace.note(tokens(8, 0), Tokens::default(), 10 * MS);
+        let fresh = pace.limit(tokens(8, 0)).unwrap();
+        assert!((fresh.tokens - 10.0).abs() < 1e-6 && (fresh.per_context - 1e-3).abs() < 1e-9, "{fresh:?}");
+        // Sequences that have grown by 500 tokens take 4 ms more, and so may prompts.
+        let grown = pace.limit(tokens(8, 500)).unwrap();
+        assert!((grown.tokens - 14.0).abs() < 1e-6, "{grown:?}");
+        // Prompts in small pieces that take a quarter more.
+        for start in (0..2048).step_by(8) {
+            let (tokens, seconds) = prompt(start, 8);
+            pace.note(self::tokens(8, 0), tokens, Duration::from_secs_f64(10e-3 + 1.25 * seconds));
+        }
+        let dear = pace.limit(tokens(8, 0)).unwrap();
+        assert!(
+            (dear.tokens * (1.0 + 1024.0 * fresh.per_context) / (1.0 + 1024.0 * dear.per_context) - 8.0).abs() < 0.4,
+            "{dear:?}"
+        );
+    }
+
+    #[test]
+    fn single_slow_steps_move_little() {
+        let mut pace = Pace::new(2.0);
+        for _ in 0..20 {
+            pace.note(tokens(0, 0), tokens(500, 0), 250 * MS);
+            pace.note(tokens(8, 0), tokens(0, 0), 10 * MS);
+        }
+        pace.note(tokens(8, 0), tokens(0, 0), 500 * MS);
+        assert_eq!(limit(&pace, 8), 21.0);
+        pace.note(tokens(8, 0), tokens(10, 0), 500 * MS);
+        assert!((19.0..21.0).contains(&limit(&pace, 8)));
     }
 
     #[test]
     fn larger_batches_are_not_taken_for_costly_prompts() {
         let mut pace = Pace::new(2.0);
-        pace.note(0, 500, 250 * MS);
-        pace.note(1, 0, 5 * MS);
+        pace.note(tokens(0, 0), tokens(500, 0), 250 * MS);
+        pace.note(tokens(1, 0), tokens(0, 0), 5 * MS);
         // Never seen alone: of 30 ms, ten are the prompt's.
-        pace.note(32, 20, 30 * MS);
-        assert_eq!((pace.prompt_tokens(32), pace.prompt_tokens(1)), (Some(40), Some(10)));
+        pace.note(tokens(32, 0), tokens(20, 0), 30 * MS);
+        assert_eq!((limit(&pace, 32), limit(&pace, 1)), (40.0, 10.0));
         // Unknown sizes are taken for the next smaller one that is known.
-        assert_eq!(pace.prompt_tokens(4), Some(10));
+        assert_eq!(limit(&pace, 4), 10.0);
     }
 }

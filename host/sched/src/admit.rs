@@ -37,13 +37,13 @@ impl Scheduler {
 
     /// Admits from the queue while there are slots, budget and pages, and adds first chunks to the plan.
     pub(crate) fn admit(&mut self, plan: &mut Plan) {
-        if self.queue.is_empty() || self.free_slots.is_empty() || plan.budget == 0 || plan.prefill_budget == 0 {
+        if self.queue.is_empty() || self.free_slots.is_empty() || !plan.has_room() {
             return;
         }
         let eligible: Vec<_> = self.queue.iter().copied().filter(|id| self.is_eligible(*id)).take(LOOKAHEAD).collect();
         for index in order(self.config.policy, &eligible, &self.sequences, &self.cache, self.step) {
             let id = eligible[index];
-            if self.free_slots.is_empty() || plan.budget == 0 || plan.prefill_budget == 0 {
+            if self.free_slots.is_empty() || !plan.has_room() {
                 break;
             }
             if !self.try_admit(id) {

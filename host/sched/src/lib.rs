@@ -28,4 +28,6 @@ mod types;
 
 pub use policy::{OVERTAKEN_MAX, Policy};
 pub use scheduler::Scheduler;
-pub use types::{AdmitError, Batch, BatchId, Config, Ended, Outcome, Request, RequestId, Row, SlotId, Stats};
+pub use types::{
+    AdmitError, Batch, BatchId, Config, Ended, Outcome, PrefillLimit, Request, RequestId, Row, SlotId, Stats,
+};

@@ -6,7 +6,7 @@ use rustc_hash::FxHashMap;
 use torus_cache::{PageId, PrefixCache};
 
 use crate::{
-    AdmitError, Batch, BatchId, Config, Ended, Request, RequestId, Row, Stats,
+    AdmitError, Batch, BatchId, Config, Ended, PrefillLimit, Request, RequestId, Row, Stats,
     sequence::{Leaving, Sequence},
 };
 
@@ -25,7 +25,7 @@ pub(crate) struct FlightRow {
 }
 
 /// Prompt tokens that a step with decoding sequences may always compute.
-const MIXED_PREFILL_MIN: usize = 4;
+const MIXED_PREFILL_MIN: usize = 2;
 
 /// Continuous batching over a pool of pages.
 #[derive(Debug)]
@@ -45,8 +45,8 @@ pub struct Scheduler {
     /// Share of the tokens they may still generate for which running sequences reserve pages.
     pub(crate) reserved_share: f64,
     pub(crate) last_was_prefill: bool,
-    /// Prompt tokens of a step in which others decode, at most.
-    pub(crate) mixed_prefill_max: usize,
+    /// What a step may compute of prompts in which others decode.
+    pub(crate) mixed_prefill: PrefillLimit,
     pub(crate) refused: Option<crate::admit::Refused>,
     pub(crate) counters: Counters,
     /// For tests: a bug to plant.
@@ -66,9 +66,18 @@ pub(crate) struct Plan {
     pub rows: Vec<Row>,
     pub budget: usize,
     pub prefill_budget: usize,
+    /// What is left of the limit on prompts beside sequences that decode.
+    pub mixed_left: f64,
+    /// Tokens of prompts that are computed whatever that limit says.
+    pub mixed_min_left: usize,
 }
 
 impl Plan {
+    /// Whether any prompt may still get into it.
+    pub fn has_room(&self) -> bool {
+        self.budget > 0 && self.prefill_budget > 0 && (self.mixed_left >= 0.5 || self.mixed_min_left > 0)
+    }
+
     fn tokens(&self) -> usize {
         self.rows.iter().map(|row| row.len).sum()
     }
@@ -93,7 +102,7 @@ impl Scheduler {
             step: 0,
             reserved_share: crate::admit::RESERVED_SHARE_MAX,
             last_was_prefill: false,
-            mixed_prefill_max: usize::MAX,
+            mixed_prefill: PrefillLimit::NONE,
             refused: None,
             counters: Counters::default(),
             config,
@@ -122,18 +131,18 @@ impl Scheduler {
         Ok(())
     }
 
-    /// Limits the prompt tokens of steps in which others decode, so that these do not wait long for their next tokens,
-    /// unless more wait for their first. At least a few of them are computed, or prompts would never end.
-    pub fn limit_mixed_prefill(&mut self, tokens: usize) {
-        self.mixed_prefill_max = tokens.max(MIXED_PREFILL_MIN);
+    /// Limits what steps compute of prompts in which others decode, so that these do not wait long for their next tokens,
+    /// unless more wait for their first. At least a few tokens are computed, or prompts would never end.
+    pub fn limit_mixed_prefill(&mut self, limit: PrefillLimit) {
+        self.mixed_prefill = limit;
     }
 
     /// The limit beside so many that decode. Where more wait for their first token than for the next, it is as many times
     /// higher: nobody waits long for few, and a burst of prompts is not computed in small pieces.
-    fn mixed_prefill_limit(&self, decodes: usize) -> usize {
+    fn mixed_prefill_limit(&self, decodes: usize) -> f64 {
         let prefills = self.running.iter().filter(|id| self.sequences.get(id).is_some_and(|s| !s.decodes())).count();
         let waiting = self.queue.len() + prefills;
-        self.mixed_prefill_max.saturating_mul((waiting / decodes).max(1))
+        self.mixed_prefill.tokens * (waiting / decodes).max(1) as f64
     }
 
     /// The next step, if there is anything to compute and room for one more in flight.
@@ -144,12 +153,17 @@ impl Scheduler {
             return None;
         }
         self.step += 1;
-        let mut plan =
-            Plan { rows: Vec::new(), budget: self.config.token_budget, prefill_budget: self.config.max_prefill_tokens };
+        let mut plan = Plan {
+            rows: Vec::new(),
+            budget: self.config.token_budget,
+            prefill_budget: self.config.max_prefill_tokens,
+            mixed_left: f64::INFINITY,
+            mixed_min_left: MIXED_PREFILL_MIN,
+        };
         if self.config.mixed {
             self.add_decodes(&mut plan);
             if !plan.rows.is_empty() {
-                plan.prefill_budget = plan.prefill_budget.min(self.mixed_prefill_limit(plan.rows.len()));
+                plan.mixed_left = self.mixed_prefill_limit(plan.rows.len());
             }
             self.add_prefills(&mut plan);
         } else if self.last_was_prefill {
@@ -217,7 +231,8 @@ impl Scheduler {
         let (scheduled, held) = (sequence.scheduled, sequence.pages.len());
         let limited = sequence.request.step_tokens_max.filter(|_| scheduled < sequence.request.prompt.len());
         let room = limited.map_or(plan.budget, |max| plan.budget.min(max.saturating_sub(plan.tokens())));
-        let wanted = (sequence.len() - scheduled).min(room).min(plan.prefill_budget);
+        let beside = self.mixed_prefill.fitting(scheduled, plan.mixed_left).max(plan.mixed_min_left);
+        let wanted = (sequence.len() - scheduled).min(room).min(plan.prefill_budget).min(beside);
         if wanted == 0 {
             return false;
         }
@@ -237,6 +252,8 @@ impl Scheduler {
         }
         self.push_row(plan, id, len);
         plan.prefill_budget -= len;
+        plan.mixed_left -= self.mixed_prefill.count(scheduled, len);
+        plan.mixed_min_left = plan.mixed_min_left.saturating_sub(len);
         if limited.is_some() {
             plan.budget = plan.budget.min(room - len);
         }

@@ -107,6 +107,10 @@ impl Simulation {
             (0..4).map(|_| (0..rng.random_range(1..20)).map(|_| rng.random_range(0..50)).collect()).collect();
         let mut scheduler = Scheduler::new(config);
         scheduler.planted = planted;
+        if rng.random_bool(0.3) {
+            let (tokens, per_context) = (rng.random_range(0.0..8.0), rng.random_range(0.0..0.3));
+            scheduler.limit_mixed_prefill(PrefillLimit { tokens, per_context });
+        }
         Self {
             failures: rng.random_bool(0.5),
             rng,
@@ -377,4 +381,56 @@ fn no_request_is_overtaken_for_ever() {
             assert!(served < 2 * OVERTAKEN_MAX, "{policy:?}");
         }
     }
+}
+
+#[test]
+fn prompts_beside_sequences_that_decode_are_computed_in_pieces_of_the_same_cost() {
+    let config = Config {
+        max_running: 4,
+        token_budget: 512,
+        max_prefill_tokens: 512,
+        max_queued: 4,
+        page_size: 16,
+        pages: 200,
+        mixed: true,
+        in_flight_max: 1,
+        policy: Policy::Fcfs,
+        prefix_cache: true,
+    };
+    let mut scheduler = Scheduler::new(config);
+    let submit = |scheduler: &mut Scheduler, id: u64, tokens: usize| {
+        let request = Request {
+            id: RequestId(id),
+            prompt: vec![id as u32; tokens].into(),
+            max_new_tokens: 400,
+            namespace: None,
+            reuse_max_tokens: usize::MAX,
+            step_tokens_max: None,
+        };
+        scheduler.submit(request).unwrap();
+    };
+    let step = |scheduler: &mut Scheduler| {
+        let batch = scheduler.schedule().unwrap();
+        let outcome = |row: &Row| if row.samples.is_some() { Outcome::Token(7) } else { Outcome::Nothing };
+        scheduler.complete(batch.id, &batch.rows.iter().map(outcome).collect::<Vec<_>>());
+        batch.rows.iter().map(|row| row.len).collect::<Vec<_>>()
+    };
+    scheduler.limit_mixed_prefill(PrefillLimit { tokens: 20.0, per_context: 1e-2 });
+    submit(&mut scheduler, 1, 30);
+    assert_eq!(step(&mut scheduler), [30], "nobody waits");
+    submit(&mut scheduler, 2, 800);
+    let pieces: Vec<_> = (0..60).map(|_| step(&mut scheduler)).collect();
+    // 18 tokens from 0 on count 18 * (1 + 0.01 * 9) = 19.6.
+    assert_eq!((&pieces[0][..], &pieces[1][..]), (&[1, 18][..], &[1, 16][..]));
+    let (mut start, limit): (usize, _) = (0, PrefillLimit { tokens: 20.0, per_context: 1e-2 });
+    for piece in &pieces {
+        let count = limit.count(start, piece[1]);
+        let half = limit.count(start, 1) / 2.0;
+        assert!((count - 20.0).abs() <= half + 0.1, "{count} at {start}");
+        start += piece[1];
+    }
+    scheduler.limit_mixed_prefill(PrefillLimit { tokens: 0.0, per_context: 0.0 });
+    assert_eq!(step(&mut scheduler), [1, 2]);
+    scheduler.limit_mixed_prefill(PrefillLimit::NONE);
+    assert_eq!(step(&mut scheduler), [1, 800 - start - 2]);
 }

@@ -39,6 +39,32 @@ pub struct Config {
     pub prefix_cache: bool,
 }
 
+/// What a step may compute of prompts in which others decode.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PrefillLimit {
+    /// Tokens, if they had nothing before them to attend to.
+    pub tokens: f64,
+    /// How much more a token counts for each one before it.
+    pub per_context: f64,
+}
+
+impl PrefillLimit {
+    pub const NONE: Self = Self { tokens: f64::INFINITY, per_context: 0.0 };
+
+    /// What `len` tokens from position `start` on count.
+    pub(crate) fn count(&self, start: usize, len: usize) -> f64 {
+        len as f64 * (1.0 + self.per_context * (start as f64 + len as f64 / 2.0))
+    }
+
+    /// How many tokens from position `start` on count about as many as `left`.
+    pub(crate) fn fitting(&self, start: usize, left: f64) -> usize {
+        // The positive root of k/2 * n^2 + (1 + k * start) * n = left, in a form that holds for k = 0.
+        let (k, first) = (self.per_context, 1.0 + self.per_context * start as f64);
+        let n = 2.0 * left / (first + (first * first + 2.0 * k * left).sqrt());
+        if left.is_finite() { n.round().max(0.0) as usize } else { usize::MAX }
+    }
+}
+
 /// A sequence to continue.
 #[derive(Clone, Debug)]
 pub struct Request {
