@@ -48,7 +48,7 @@ pub(crate) fn pack(
         }
         packer.token += row.len;
     }
-    packer.add_ends(batch.rows.len());
+    packer.add_ends(batch);
     Ok(Packed { bytes: packer.buffer.bytes(), bucket, rows, padding })
 }
 
@@ -174,12 +174,14 @@ impl Packer<'_> {
     }
 
     /// What concerns the batch as a whole.
-    fn add_ends(&mut self, rows: usize) {
-        let total = self.token as i32;
+    fn add_ends(&mut self, batch: &Batch) {
+        let (total, rows) = (self.token as i32, batch.rows.len());
+        // Pieces of prompts come last and need no logits, but for the last piece.
+        let sampled = batch.rows.iter().rposition(|row| row.samples.is_some()).map_or(1, |last| last + 1);
         self.buffer.field(Field::CuQLens)[rows + 1..].fill(total);
         self.buffer.set(Field::NumSeqs, 0, rows as i32);
         self.buffer.set(Field::NumTokens, 0, total);
-        self.buffer.set(Field::NumRows, 0, if self.rows == Rows::All { total } else { rows as i32 });
+        self.buffer.set(Field::NumRows, 0, if self.rows == Rows::All { total } else { sampled as i32 });
         for (i, (index, page)) in self.loaded.pending_pages.iter().enumerate() {
             self.buffer.set(Field::DeltaIndex, i, *index as i32);
             self.buffer.set(Field::DeltaPage, i, *page);
