@@ -26,6 +26,7 @@ fn request(model: &GraniteModel, part: ModelPart) -> EmitModel {
         dtype: DType::Bf16,
         weights: model.describe().weights.iter().map(|spec| (spec.name.clone(), handle(&spec.shape))).collect(),
         state: vec![StateHandle { pool: vec![pool.clone(), pool], context: vec![TensorType::new(DType::I32, [8])] }],
+        imports: Default::default(),
     }
 }
 

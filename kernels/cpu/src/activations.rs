@@ -9,7 +9,7 @@ use half::bf16;
 use torus_abi::kernel::parallel_for;
 
 pub use element::Element;
-pub(crate) use element::{add_f32, for_levels};
+pub(crate) use element::{add_f32, for_levels, rms_norm};
 pub use quantized::QuantizedRows;
 pub(crate) use quantized::SUMS;
 

@@ -57,15 +57,18 @@ pub fn linear(input: DType, result: DType) -> String {
     target(names[if is_f32(result) { f32::RESULT } else { Bf16::RESULT }])
 }
 
-/// The target of `(x [tokens, hidden], norm f32 [hidden], matrix of gate and up, matrix of down) ->
-/// [tokens, hidden]`; attributes `activation` (an index into [`ACTIVATIONS`]) and `norm_eps`.
+/// The target of `(x [tokens, hidden], norm f32 [hidden], matrix of gate and up, matrix of down, norm of the result f32
+/// [hidden]?) -> [tokens, hidden]`; attributes `activation` (an index into [`ACTIVATIONS`]), `norm_eps`, and `post_norm`
+/// where there is the last.
 pub fn gated_mlp(dtype: DType) -> String {
     target(if is_f32(dtype) { f32::GATED_MLP } else { Bf16::GATED_MLP })
 }
 
 /// The target of the attention half of a layer over pages of [`crate::attention::LAYOUT`]: `(x [tokens, hidden], norm,
-/// matrix of QKV, bias?, matrix of the output, cos f32 [tokens, rotary], sin, pool…, context…) -> ([tokens, hidden],
-/// pool…)`; attributes as those of [`attention`], and `bias` and `norm_eps`. `None` for a cache that it does not have.
+/// matrix of QKV, bias?, matrix of the output, cos f32 [tokens, rotary], sin, norms of the heads of queries and of keys f32
+/// [head_dim]?, bias of the output?, norm of the output?, pool…, context…) -> ([tokens, hidden], pool…)`; attributes as
+/// those of [`attention`], `bias` and `norm_eps`, and `head_norms`, `o_bias` and `post_norm` where there are these. `None`
+/// for a cache that it does not have.
 pub fn attention_block(dtype: DType, kv_dtype: DType) -> Option<String> {
     let names = if is_f32(dtype) { f32::ATTENTION_BLOCK } else { Bf16::ATTENTION_BLOCK };
     Some(target(names[cache_index(kv_dtype)?]))

@@ -27,4 +27,6 @@ pub mod workspace;
 
 pub use error::PackError;
 pub use level::{LEVEL_VARIABLE, Level, level};
-pub use linear::{Epilogue, Finished, Tile, gated_mlp, gated_mlp_fits, linear, linear_prepared, product};
+pub use linear::{
+    Epilogue, Finished, Norm, Tile, gated_mlp, gated_mlp_fits, linear, linear_normed, linear_prepared, product,
+};

@@ -24,7 +24,7 @@ pub use gated::{gated_mlp, gated_mlp_fits};
 pub use tile::{Finished, Tile};
 
 use crate::{
-    activations::{Element, Prepared},
+    activations::{Element, Prepared, rms_norm},
     level::level,
     packed::{GROUP, PackedMatrix, PackedSegment},
     shared::Shared,
@@ -87,6 +87,47 @@ pub fn linear_prepared<R: Element, Y: Element>(
             }
             // SAFETY: each element belongs to one tile.
             Y::store(x.level(), values, unsafe { out.part(at..at + values.len()) });
+        }
+    });
+}
+
+/// Scales to a root mean square of 1, times weights.
+#[derive(Clone, Copy, Debug)]
+pub struct Norm<'a> {
+    /// `[columns]`
+    pub weights: &'a [f32],
+    pub eps: f32,
+}
+
+/// `y = residual + norm(x · wᵀ + bias)`, for activations that are prepared for `w`.
+///
+/// # Panics
+/// If the lengths do not fit each other.
+pub fn linear_normed<R: Element, Y: Element>(
+    x: &Prepared,
+    w: &PackedMatrix<'_>,
+    bias: Option<&[f32]>,
+    norm: Norm<'_>,
+    residual: &[R],
+    y: &mut [Y],
+) {
+    /// Values from which all threads share the work.
+    const PARALLEL_VALUES: usize = 1 << 14;
+    let (level, outputs, rows) = (x.level(), w.rows(), x.rows());
+    assert!(norm.weights.len() == outputs && residual.len() == y.len(), "a norm and a residual for {outputs} outputs");
+    let mut wide = Buffer::<f32>::take(y.len());
+    linear_prepared(x, w, Epilogue::<f32> { bias, residual: None }, &mut wide);
+    let (products, out) = (Shared::new(&mut wide), Shared::new(y));
+    let chunk = if rows * outputs < PARALLEL_VALUES { rows } else { rows.div_ceil(2 * threads()) }.max(1);
+    parallel_for(rows.div_ceil(chunk), |index| {
+        for row in index * chunk..((index + 1) * chunk).min(rows) {
+            let at = row * outputs..(row + 1) * outputs;
+            // SAFETY: each row is one index's alone.
+            let values = unsafe { products.part(at.clone()) };
+            rms_norm(level, values, norm.weights, norm.eps);
+            R::add(level, &residual[at.clone()], values);
+            // SAFETY: as above.
+            Y::store(level, values, unsafe { out.part(at) });
         }
     });
 }

@@ -97,14 +97,25 @@ pub enum Operation {
     Embed { weight: WeightOperand, result: DType },
     /// `(x [rows, in], weight…, bias…?, residual [rows, out]?) -> [rows, out]`: `x · weightᵀ + bias + residual`.
     Linear { weight: WeightOperand, role: LinearRole, bias: Option<WeightOperand>, residual: bool, result: DType },
-    /// `(x [tokens, hidden], norm…, gate_up…, down…) -> [tokens, hidden]`:
-    /// `x + down · (act(gate · n) * (up · n))` with `n = rms_norm(x) * norm`.
-    GatedMlp { norm: WeightOperand, gate_up: WeightOperand, down: WeightOperand, activation: Activation, norm_eps: f32 },
+    /// `(x [tokens, hidden], norm…, gate_up…, down…, post_norm…?) -> [tokens, hidden]`:
+    /// `x + down · (act(gate · n) * (up · n))` with `n = rms_norm(x) * norm`; with `post_norm`, what is added to `x` is
+    /// normalized first.
+    GatedMlp {
+        norm: WeightOperand,
+        gate_up: WeightOperand,
+        down: WeightOperand,
+        activation: Activation,
+        norm_eps: f32,
+        /// For hosts with [`block_norms`](crate::model::HostImports::block_norms).
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        post_norm: Option<WeightOperand>,
+    },
     /// `(q, k, v, pool…, context…) -> ([tokens, q_heads, head_dim], pool…)`: attention over the cached sequence,
     /// with the new K and V written into the pool.
     Attention { kind: usize, pool_parts: usize, context_parts: usize },
-    /// `(x [tokens, hidden], norm…, qkv…, bias…?, o…, cos [tokens, head_dim/2], sin, pool…, context…)
-    ///  -> ([tokens, hidden], pool…)`: `x + o · attention(rotary(qkv · rms_norm(x)))`.
+    /// `(x [tokens, hidden], norm…, qkv…, bias…?, o…, cos [tokens, head_dim/2], sin, (q_norm…, k_norm…)?, o_bias…?,
+    /// post_norm…?, pool…, context…) -> ([tokens, hidden], pool…)`: `x + o · attention(rotary(qkv · rms_norm(x)))`. With
+    /// `head_norms`, each head of queries and keys is normalized before it turns; with `post_norm`, what is added to `x`.
     AttentionBlock {
         norm: WeightOperand,
         qkv: WeightOperand,
@@ -114,6 +125,14 @@ pub enum Operation {
         pool_parts: usize,
         context_parts: usize,
         norm_eps: f32,
+        /// `[head_dim]` each, of queries and of keys. For hosts with
+        /// [`block_norms`](crate::model::HostImports::block_norms), as the following.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        head_norms: Option<Box<[WeightOperand; 2]>>,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        o_bias: Option<WeightOperand>,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        post_norm: Option<WeightOperand>,
     },
 }
 

@@ -234,6 +234,20 @@ pub struct EmitModel {
     pub weights: BTreeMap<String, WeightHandle>,
     /// One for each of [`ModelDescription::kinds`].
     pub state: Vec<StateHandle>,
+    /// What the host's imports know beyond those of its first release; hosts of before say nothing.
+    #[serde(default)]
+    pub imports: HostImports,
+}
+
+/// What imports know that hosts once did not. A host takes a field of an [`Operation`] that it does not know for one that
+/// is not there, so a model asks for none that the host has not named here, and computes it by itself instead.
+///
+/// [`Operation`]: crate::fragment::Operation
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostImports {
+    /// `head_norms`, `o_bias` and `post_norm` of an attention block, `post_norm` of a gated MLP.
+    #[serde(default)]
+    pub block_norms: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

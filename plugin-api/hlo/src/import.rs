@@ -7,6 +7,7 @@ use std::panic::Location;
 use torus_abi::{
     DType, TensorType,
     fragment::{Activation, LinearRole, Operation, WeightOperand},
+    model::HostImports,
 };
 
 use crate::{Axis, Callee, Func, Shape, Value, func::OpSpec, infer, nn};
@@ -82,6 +83,30 @@ pub struct GatedMlp<'f> {
     pub down: Weight<'f>,
     pub activation: Activation,
     pub norm_eps: f32,
+    /// `[hidden]`: of what is added to the hidden state.
+    pub post_norm: Option<Weight<'f>>,
+}
+
+impl<'f> GatedMlp<'f> {
+    fn operation(&self) -> Operation {
+        Operation::GatedMlp {
+            norm: self.norm.operand.clone(),
+            gate_up: self.gate_up.operand.clone(),
+            down: self.down.operand.clone(),
+            activation: self.activation,
+            norm_eps: self.norm_eps,
+            post_norm: self.post_norm.as_ref().map(|norm| norm.operand.clone()),
+        }
+    }
+
+    fn arguments(&self, x: Value<'f>) -> Vec<Value<'f>> {
+        let weights = [&self.norm, &self.gate_up, &self.down].into_iter().chain(&self.post_norm);
+        std::iter::once(x).chain(weights.flat_map(|weight| weight.parts.iter().copied())).collect()
+    }
+
+    fn is_served(&self, host: HostImports) -> bool {
+        host.block_norms || self.post_norm.is_none()
+    }
 }
 
 /// Everything that an attention block uses beside the hidden state.
@@ -106,6 +131,49 @@ pub struct AttentionBlock<'f> {
     pub kind: usize,
     pub heads: Heads,
     pub norm_eps: f32,
+    /// `[head_dim]` each: of the heads of queries and of keys, before they turn.
+    pub head_norms: Option<[Weight<'f>; 2]>,
+    /// `[hidden]`.
+    pub o_bias: Option<Weight<'f>>,
+    /// `[hidden]`: of what is added to the hidden state.
+    pub post_norm: Option<Weight<'f>>,
+}
+
+impl<'f> AttentionBlock<'f> {
+    fn operation(&self) -> Operation {
+        let operand = |weight: &Weight<'f>| weight.operand.clone();
+        Operation::AttentionBlock {
+            norm: operand(&self.norm),
+            qkv: operand(&self.qkv),
+            qkv_bias: self.qkv_bias.as_ref().map(operand),
+            o: operand(&self.o),
+            kind: self.kind,
+            pool_parts: self.pool.len(),
+            context_parts: self.context.len(),
+            norm_eps: self.norm_eps,
+            head_norms: self.head_norms.as_ref().map(|norms| Box::new(norms.each_ref().map(operand))),
+            o_bias: self.o_bias.as_ref().map(operand),
+            post_norm: self.post_norm.as_ref().map(operand),
+        }
+    }
+
+    fn arguments(&self, x: Value<'f>) -> Vec<Value<'f>> {
+        let mut arguments = vec![x];
+        arguments.extend(&self.norm.parts);
+        arguments.extend(&self.qkv.parts);
+        arguments.extend(self.qkv_bias.iter().flat_map(|bias| &bias.parts));
+        arguments.extend(&self.o.parts);
+        arguments.extend([self.cos, self.sin]);
+        let beside = self.head_norms.iter().flatten().chain(&self.o_bias).chain(&self.post_norm);
+        arguments.extend(beside.flat_map(|weight| &weight.parts));
+        arguments.extend(&self.pool);
+        arguments.extend(&self.context);
+        arguments
+    }
+
+    fn is_served(&self, host: HostImports) -> bool {
+        host.block_norms || (self.head_norms.is_none() && self.o_bias.is_none() && self.post_norm.is_none())
+    }
 }
 
 /// Head counts, of one shard where a graph is built.
@@ -172,30 +240,23 @@ impl<'f> Func<'f> {
     }
 
     /// The whole attention half of a layer, on `x [tokens, hidden]`:
-    /// `x + o · attention(rotary(qkv · rms_norm(x)))`, and the updated pool.
+    /// `x + o · attention(rotary(qkv · rms_norm(x)))`, and the updated pool. An import, unless the block has what the imports
+    /// of this `host` do not know: then it is made of finer ones.
     #[track_caller]
-    pub fn attention_block(&'f self, x: Value<'f>, block: &AttentionBlock<'f>) -> (Value<'f>, Vec<Value<'f>>) {
-        let operation = Operation::AttentionBlock {
-            norm: block.norm.operand.clone(),
-            qkv: block.qkv.operand.clone(),
-            qkv_bias: block.qkv_bias.as_ref().map(|bias| bias.operand.clone()),
-            o: block.o.operand.clone(),
-            kind: block.kind,
-            pool_parts: block.pool.len(),
-            context_parts: block.context.len(),
-            norm_eps: block.norm_eps,
+    pub fn attention_block(
+        &'f self,
+        x: Value<'f>,
+        block: &AttentionBlock<'f>,
+        host: HostImports,
+    ) -> (Value<'f>, Vec<Value<'f>>) {
+        let arguments = block.arguments(x);
+        let mut results = if block.is_served(host) {
+            let results = std::iter::once(&x).chain(&block.pool).map(Value::shape).collect();
+            let default: DefaultBody<'_> = &|g, arguments| nn::attention_block_default(g, arguments, block);
+            self.import("attention_block", block.operation(), &arguments, results, Some(default))
+        } else {
+            nn::attention_block_default(self, &arguments, block)
         };
-        let mut arguments = vec![x];
-        arguments.extend(&block.norm.parts);
-        arguments.extend(&block.qkv.parts);
-        arguments.extend(block.qkv_bias.iter().flat_map(|bias| &bias.parts));
-        arguments.extend(&block.o.parts);
-        arguments.extend([block.cos, block.sin]);
-        arguments.extend(&block.pool);
-        arguments.extend(&block.context);
-        let results = std::iter::once(&x).chain(&block.pool).map(Value::shape).collect();
-        let default: DefaultBody<'_> = &|g, arguments| nn::attention_block_default(g, arguments, block);
-        let mut results = self.import("attention_block", operation, &arguments, results, Some(default));
         let pool = results.split_off(1);
         (results[0], pool)
     }
@@ -252,21 +313,16 @@ impl<'f> Value<'f> {
         self.func.import("linear", operation, &arguments, vec![result_shape], None)[0]
     }
 
-    /// A gated MLP with its norm and residual, on this hidden state `[tokens, hidden]`.
+    /// A gated MLP with its norm and residual, on this hidden state `[tokens, hidden]`. An import, unless it has what the
+    /// imports of this `host` do not know: then it is made of finer ones.
     #[track_caller]
-    pub fn gated_mlp(self, mlp: &GatedMlp<'f>) -> Self {
-        let operation = Operation::GatedMlp {
-            norm: mlp.norm.operand.clone(),
-            gate_up: mlp.gate_up.operand.clone(),
-            down: mlp.down.operand.clone(),
-            activation: mlp.activation,
-            norm_eps: mlp.norm_eps,
-        };
-        let weights = [&mlp.norm, &mlp.gate_up, &mlp.down];
-        let mut arguments = vec![self];
-        arguments.extend(weights.into_iter().flat_map(|weight| &weight.parts));
+    pub fn gated_mlp(self, mlp: &GatedMlp<'f>, host: HostImports) -> Self {
+        let arguments = mlp.arguments(self);
+        if !mlp.is_served(host) {
+            return nn::gated_mlp_default(self.func, &arguments, mlp)[0];
+        }
         let default: DefaultBody<'_> = &|g, arguments| nn::gated_mlp_default(g, arguments, mlp);
-        self.func.import("gated_mlp", operation, &arguments, vec![self.shape()], Some(default))[0]
+        self.func.import("gated_mlp", mlp.operation(), &arguments, vec![self.shape()], Some(default))[0]
     }
 }
 

@@ -112,6 +112,7 @@ impl Pass for GatedMlp<'_> {
             down: self.down.pass(g),
             activation: self.activation,
             norm_eps: self.norm_eps,
+            post_norm: self.post_norm.pass(g),
         }
     }
 }
@@ -119,6 +120,7 @@ impl Pass for GatedMlp<'_> {
 impl Pass for AttentionBlock<'_> {
     type In<'g> = AttentionBlock<'g>;
 
+    #[expect(clippy::manual_map, reason = "a closure would hide the caller's place")]
     #[track_caller]
     fn pass<'g>(&self, g: &'g Func<'g>) -> AttentionBlock<'g> {
         AttentionBlock {
@@ -133,6 +135,12 @@ impl Pass for AttentionBlock<'_> {
             kind: self.kind,
             heads: self.heads,
             norm_eps: self.norm_eps,
+            head_norms: match &self.head_norms {
+                Some([q, k]) => Some([q.pass(g), k.pass(g)]),
+                None => None,
+            },
+            o_bias: self.o_bias.pass(g),
+            post_norm: self.post_norm.pass(g),
         }
     }
 }

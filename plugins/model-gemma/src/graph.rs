@@ -8,8 +8,8 @@ use torus_abi::{
     step::StepShape,
 };
 use torus_hlo::{
-    Builder, Func, Linear, ModelWeights, Shape, Value, Weight,
-    axes::{HEAD_DIM, HIDDEN, INTERMEDIATE, Q_HEADS, QKV, ROWS, TOKENS, VOCAB},
+    AttentionBlock, Builder, Func, GatedMlp, Linear, ModelWeights, Shape, Value, Weight,
+    axes::{HIDDEN, ROWS, TOKENS, VOCAB},
 };
 
 use crate::{config::Config, weights};
@@ -149,8 +149,8 @@ impl Graph<'_> {
             let KindValues { context, cos, sin } = values;
             let values = KindValues { context: g.pass(context), cos: g.pass(cos), sin: g.pass(sin) };
             let attention = Attention { kind, values, pool: g.pass(&pool) };
-            let (x, pool) = self.attention(g, x, &layer, &attention);
-            [vec![self.mlp(g, x, &layer)], pool].concat()
+            let (x, pool) = self.attention(g, x, &layer, attention);
+            [vec![self.mlp(x, &layer)], pool].concat()
         });
         let pool = results.split_off(1);
         (results[0], pool)
@@ -161,30 +161,37 @@ impl Graph<'_> {
         g: &'g Func<'g>,
         x: Value<'g>,
         layer: &Layer<'g>,
-        Attention { kind, values, pool }: &Attention<'g>,
+        Attention { kind, values, pool }: Attention<'g>,
     ) -> (Value<'g>, Vec<Value<'g>>) {
-        let normed = self.norm(g, x, &layer.attention_norm);
-        let [q, k, v] = self.config.shard_heads.split(normed.linear(&layer.qkv, Linear::column(HIDDEN, QKV)));
-        let turned = |heads: Value<'g>, weight: &Weight<'g>| {
-            let normed = heads.rms_norm(HEAD_DIM, g.vector(weight, HEAD_DIM), self.config.norm_eps);
-            normed.rotary(values.cos, values.sin)
+        let block = AttentionBlock {
+            norm: layer.attention_norm.clone(),
+            qkv: layer.qkv.clone(),
+            qkv_bias: None,
+            o: layer.o.clone(),
+            cos: values.cos,
+            sin: values.sin,
+            pool,
+            context: values.context,
+            kind,
+            heads: self.config.shard_heads,
+            norm_eps: self.config.norm_eps,
+            head_norms: Some([layer.q_norm.clone(), layer.k_norm.clone()]),
+            o_bias: None,
+            post_norm: Some(layer.attention_post_norm.clone()),
         };
-        let qkv = [turned(q, &layer.q_norm), turned(k, &layer.k_norm), v];
-        let (attended, pool) = g.attention(*kind, qkv, pool, &values.context);
-        let joined = attended.merge(&[Q_HEADS, HEAD_DIM], QKV);
-        let y = joined.linear(&layer.o, Linear::row(QKV, HIDDEN));
-        (x + self.norm(g, y, &layer.attention_post_norm), pool)
+        g.attention_block(x, &block, self.request.imports)
     }
 
-    fn mlp<'g>(&self, g: &'g Func<'g>, x: Value<'g>, layer: &Layer<'g>) -> Value<'g> {
-        let normed = self.norm(g, x, &layer.mlp_norm);
-        let both = normed.linear(&layer.gate_up, Linear::column(HIDDEN, INTERMEDIATE));
-        let width = both.size(INTERMEDIATE) / 2;
-        let gate = both.slice(INTERMEDIATE, 0..width).convert(DType::F32);
-        let up = both.slice(INTERMEDIATE, width..2 * width).convert(DType::F32);
-        let inner = (gate.activation(self.config.activation) * up).convert(x.dtype());
-        let y = inner.linear(&layer.down, Linear::row(INTERMEDIATE, HIDDEN));
-        x + self.norm(g, y, &layer.mlp_post_norm)
+    fn mlp<'g>(&self, x: Value<'g>, layer: &Layer<'g>) -> Value<'g> {
+        let mlp = GatedMlp {
+            norm: layer.mlp_norm.clone(),
+            gate_up: layer.gate_up.clone(),
+            down: layer.down.clone(),
+            activation: self.config.activation,
+            norm_eps: self.config.norm_eps,
+            post_norm: Some(layer.mlp_post_norm.clone()),
+        };
+        x.gated_mlp(&mlp, self.request.imports)
     }
 
     fn head(&self, rows: u64) -> Result<Fragment, Fault> {

@@ -9,7 +9,7 @@ use torus_abi::{
 };
 use torus_hlo::{
     AttentionBlock, Builder, Func, GatedMlp, Linear, ModelWeights, Shape, Value, Weight,
-    axes::{HEAD_DIM, HIDDEN, INTERMEDIATE, Q_HEADS, QKV, ROWS, TOKENS, VOCAB},
+    axes::{HIDDEN, INTERMEDIATE, ROWS, TOKENS, VOCAB},
 };
 
 use crate::{config::Config, weights};
@@ -118,21 +118,22 @@ impl Graph<'_> {
                 kind: 0,
                 heads: self.config.shard_heads,
                 norm_eps: self.config.norm_eps,
+                head_norms: None,
+                o_bias: g.pass(&layer.o_bias),
+                post_norm: None,
             };
-            let (x, pool) = match g.pass(&layer.o_bias) {
-                None => g.attention_block(x, &block),
-                Some(bias) => biased_attention(g, x, &block, &bias),
-            };
+            let (x, pool) = g.attention_block(x, &block, self.request.imports);
             let mlp = GatedMlp {
                 norm: g.pass(&layer.mlp_norm),
                 gate_up: g.pass(&layer.gate_up),
                 down: g.pass(&layer.down),
                 activation: self.config.activation,
                 norm_eps: self.config.norm_eps,
+                post_norm: None,
             };
             let x = match (g.pass(&layer.gate_up_bias), g.pass(&layer.down_bias)) {
                 (Some(gate_up), Some(down)) => biased_mlp(g, x, &mlp, &gate_up, &down),
-                _ => x.gated_mlp(&mlp),
+                _ => x.gated_mlp(&mlp, self.request.imports),
             };
             [vec![x], pool].concat()
         });
@@ -151,22 +152,6 @@ impl Graph<'_> {
         });
         Ok(builder.finish()?)
     }
-}
-
-/// The attention block with a bias on its output, which the import does not have.
-fn biased_attention<'g>(
-    g: &'g Func<'g>,
-    x: Value<'g>,
-    block: &AttentionBlock<'g>,
-    o_bias: &Weight<'g>,
-) -> (Value<'g>, Vec<Value<'g>>) {
-    let normed = x.rms_norm(HIDDEN, g.vector(&block.norm, HIDDEN), block.norm_eps);
-    let joint = normed.linear(&block.qkv, Linear::column(HIDDEN, QKV).bias(block.qkv_bias.as_ref()));
-    let [q, k, v] = block.heads.split(joint);
-    let qkv = [q.rotary(block.cos, block.sin), k.rotary(block.cos, block.sin), v];
-    let (attended, pool) = g.attention(block.kind, qkv, &block.pool, &block.context);
-    let joined = attended.merge(&[Q_HEADS, HEAD_DIM], QKV);
-    (joined.linear(&block.o, Linear::row(QKV, HIDDEN).bias(o_bias).residual(x)), pool)
 }
 
 /// The gated MLP with biases, which the import does not have.

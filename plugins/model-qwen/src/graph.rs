@@ -9,7 +9,7 @@ use torus_abi::{
 };
 use torus_hlo::{
     AttentionBlock, Builder, Func, GatedMlp, Linear, ModelWeights, Shape, Value, Weight,
-    axes::{HEAD_DIM, HIDDEN, Q_HEADS, QKV, ROWS, TOKENS, VOCAB},
+    axes::{HIDDEN, ROWS, TOKENS, VOCAB},
 };
 
 use crate::{config::Config, weights};
@@ -118,21 +118,20 @@ impl Graph<'_> {
                 kind: 0,
                 heads: self.config.shard_heads,
                 norm_eps: self.config.norm_eps,
+                head_norms: g.pass(&layer.q_norm).zip(g.pass(&layer.k_norm)).map(<[_; 2]>::from),
+                o_bias: g.pass(&layer.o_bias),
+                post_norm: None,
             };
-            let (x, pool) = match (g.pass(&layer.q_norm), g.pass(&layer.k_norm)) {
-                (Some(q_norm), Some(k_norm)) => {
-                    normed_attention(g, x, &block, [q_norm, k_norm], g.pass(&layer.o_bias).as_ref())
-                }
-                _ => g.attention_block(x, &block),
-            };
+            let (x, pool) = g.attention_block(x, &block, self.request.imports);
             let mlp = GatedMlp {
                 norm: g.pass(&layer.mlp_norm),
                 gate_up: g.pass(&layer.gate_up),
                 down: g.pass(&layer.down),
                 activation: self.config.activation,
                 norm_eps: self.config.norm_eps,
+                post_norm: None,
             };
-            let x = x.gated_mlp(&mlp);
+            let x = x.gated_mlp(&mlp, self.request.imports);
             [vec![x], pool].concat()
         });
         let pool = results.split_off(1);
@@ -150,24 +149,4 @@ impl Graph<'_> {
         });
         Ok(builder.finish()?)
     }
-}
-
-/// The attention block with normalized heads, and a bias on its output, which the import does not have.
-fn normed_attention<'g>(
-    g: &'g Func<'g>,
-    x: Value<'g>,
-    block: &AttentionBlock<'g>,
-    [q_norm, k_norm]: [Weight<'g>; 2],
-    o_bias: Option<&Weight<'g>>,
-) -> (Value<'g>, Vec<Value<'g>>) {
-    let normed = x.rms_norm(HIDDEN, g.vector(&block.norm, HIDDEN), block.norm_eps);
-    let joint = normed.linear(&block.qkv, Linear::column(HIDDEN, QKV).bias(block.qkv_bias.as_ref()));
-    let [q, k, v] = block.heads.split(joint);
-    let turn = |heads: Value<'g>, norm: &Weight<'g>| {
-        heads.rms_norm(HEAD_DIM, g.vector(norm, HEAD_DIM), block.norm_eps).rotary(block.cos, block.sin)
-    };
-    let (attended, pool) =
-        g.attention(block.kind, [turn(q, &q_norm), turn(k, &k_norm), v], &block.pool, &block.context);
-    let joined = attended.merge(&[Q_HEADS, HEAD_DIM], QKV);
-    (joined.linear(&block.o, Linear::row(QKV, HIDDEN).bias(o_bias).residual(x)), pool)
 }

@@ -5,7 +5,7 @@ use torus_abi::{
     DType, TensorType,
     attention::{AttentionAnswer, AttentionQuery, EmitAttention},
     fragment::{Fragment, Operand},
-    model::{EmitModel, ModelDescription, ModelPart, Parallel, StateHandle},
+    model::{EmitModel, HostImports, ModelDescription, ModelPart, Parallel, StateHandle},
     step::{StepInput, StepShape},
 };
 use torus_hlo::{
@@ -155,6 +155,7 @@ impl Assembler {
             dtype: self.activations,
             weights: self.weights.handles().map(|(name, handle)| (name.to_owned(), handle)).collect(),
             state: answers.iter().map(state).collect(),
+            imports: HostImports { block_norms: true },
         };
         Ok(self.model.emit(&request)?.fragment)
     }

@@ -32,18 +32,29 @@ pub(crate) fn implement(import: &Import, native: &Native<'_>) -> Result<Option<I
                 .with("bias", Attribute::Bool(bias.is_some()))
                 .with("residual", Attribute::Bool(*residual))
         }
-        Operation::GatedMlp { gate_up, down, activation, norm_eps, .. }
+        Operation::GatedMlp { gate_up, down, activation, norm_eps, post_norm, .. }
             if gate_up.storage == PACKED_HALVES && is_packed(down) =>
         {
             let Some(input) = input_dtype(import) else { return Ok(None) };
-            call(import, ffi::gated_mlp(input))
+            let call = call(import, ffi::gated_mlp(input))
                 .with("activation", Attribute::I64(activation_number(*activation)))
-                .with("norm_eps", Attribute::F32(*norm_eps))
+                .with("norm_eps", Attribute::F32(*norm_eps));
+            with_flags(call, &[("post_norm", post_norm.is_some())])
         }
-        Operation::AttentionBlock { qkv, qkv_bias, o, kind, pool_parts, norm_eps, .. }
-            if is_packed(qkv) && is_packed(o) =>
-        {
-            let block = Block { kind: *kind, bias: qkv_bias.is_some(), pool_parts: *pool_parts, norm_eps: *norm_eps };
+        Operation::AttentionBlock {
+            qkv,
+            qkv_bias,
+            o,
+            kind,
+            pool_parts,
+            norm_eps,
+            head_norms,
+            o_bias,
+            post_norm,
+            ..
+        } if is_packed(qkv) && is_packed(o) => {
+            let has = [qkv_bias.is_some(), head_norms.is_some(), o_bias.is_some(), post_norm.is_some()];
+            let block = Block { kind: *kind, has, pool_parts: *pool_parts, norm_eps: *norm_eps };
             let Some(call) = attention_block(import, native, &block) else { return Ok(None) };
             call
         }
@@ -77,9 +88,15 @@ fn activation_number(activation: Activation) -> i64 {
     ffi::ACTIVATIONS.iter().position(|known| *known == activation).unwrap_or_default() as i64
 }
 
+/// Attributes of what a kernel is given beside; what is not there is left out.
+fn with_flags(call: CustomCall, flags: &[(&'static str, bool)]) -> CustomCall {
+    flags.iter().filter(|(_, is_set)| *is_set).fold(call, |call, (name, _)| call.with(name, Attribute::Bool(true)))
+}
+
 struct Block {
     kind: usize,
-    bias: bool,
+    /// Whether there are a bias of QKV, norms of heads, a bias and a norm of the output.
+    has: [bool; 4],
     pool_parts: usize,
     norm_eps: f32,
 }
@@ -91,8 +108,9 @@ fn attention_block(import: &Import, native: &Native<'_>, block: &Block) -> Optio
         return None;
     }
     let AttentionSpec { q_heads, kv_heads, head_dim, scale, window, soft_cap, .. } = query.spec.clone();
+    let [bias, head_norms, o_bias, post_norm] = block.has;
     let mut call = call(import, ffi::attention_block(input_dtype(import)?, query.kv_dtype)?)
-        .with("bias", Attribute::Bool(block.bias))
+        .with("bias", Attribute::Bool(bias))
         .with("norm_eps", Attribute::F32(block.norm_eps))
         .with("q_heads", Attribute::I64(q_heads as i64))
         .with("kv_heads", Attribute::I64(kv_heads as i64))
@@ -105,8 +123,11 @@ fn attention_block(import: &Import, native: &Native<'_>, block: &Block) -> Optio
     if let Some(cap) = soft_cap {
         call = call.with("soft_cap", Attribute::F32(cap));
     }
-    // x, norm, QKV (three parts), bias?, output (three parts), cos, sin, then the pool.
-    let pool = 10 + usize::from(block.bias);
+    call = with_flags(call, &[("head_norms", head_norms), ("o_bias", o_bias), ("post_norm", post_norm)]);
+    // x, norm, QKV (three parts), bias?, output (three parts), cos, sin, norms of queries' and keys' heads?, bias and norm
+    // of the output?, then the pool.
+    let beside = [bias, head_norms, head_norms, o_bias, post_norm];
+    let pool = 10 + beside.into_iter().map(usize::from).sum::<usize>();
     for part in 0..block.pool_parts {
         call = call.alias(1 + part, pool + part);
     }

@@ -5,18 +5,18 @@ use std::marker::PhantomData;
 use torus_abi::{
     DType,
     fault::Fault,
-    kernel::{Bf16, Call, Element as Tensorial, Kernel},
+    kernel::{Bf16, Call, Element as Tensorial, Kernel, Tensor},
 };
 
 use super::{Activations, MATRIX, cache_index, cleared, expect, matrix, profile, real_rows};
 use crate::{
-    Epilogue,
+    Epilogue, Norm,
     activations::{Element, Prepared},
     attention::{Inputs, KvElement, Params, Rows, Step, attention},
-    level, linear_prepared,
+    level, linear_normed, linear_prepared,
     packed::PackedMatrix,
     product,
-    rotary::rotate,
+    rotary::{HeadNorms, Heads, rotate},
     shared::Shared,
     workspace::Buffer,
 };
@@ -144,6 +144,16 @@ impl<X: Activations, K: Cached> Kernel for AttentionBlock<X, K> {
             let has_bias: bool = call.attribute("bias")?;
             let bias = has_bias.then(|| call.argument::<f32>(2 + MATRIX)).transpose()?;
             let output = 2 + MATRIX + usize::from(has_bias);
+            let rotary = output + MATRIX;
+            let mut next = rotary + 2;
+            let mut vector_if = |name: &str| -> Result<Option<Tensor<'_, f32>>, Fault> {
+                let is_there = call.optional_attribute::<bool>(name)?.unwrap_or(false);
+                next += usize::from(is_there);
+                is_there.then(|| call.argument::<f32>(next - 1)).transpose()
+            };
+            // Both norms of heads go by one attribute.
+            let head_norms = [vector_if("head_norms")?, vector_if("head_norms")?];
+            let (o_bias, post_norm) = (vector_if("o_bias")?, vector_if("post_norm")?);
             let block = Block {
                 params,
                 norm: &norm,
@@ -151,8 +161,14 @@ impl<X: Activations, K: Cached> Kernel for AttentionBlock<X, K> {
                 qkv: matrix(call, 2)?,
                 bias: bias.as_deref(),
                 output: matrix(call, output)?,
-                cos: call.argument::<f32>(output + MATRIX)?.as_slice(),
-                sin: call.argument::<f32>(output + MATRIX + 1)?.as_slice(),
+                cos: call.argument::<f32>(rotary)?.as_slice(),
+                sin: call.argument::<f32>(rotary + 1)?.as_slice(),
+                head_norms: match &head_norms {
+                    [Some(queries), Some(keys)] => Some([queries.as_slice(), keys.as_slice()]),
+                    _ => None,
+                },
+                o_bias: o_bias.as_deref(),
+                post_norm: post_norm.as_deref(),
                 step: step(call, call.arguments() - CONTEXT)?,
             };
             let (mut y, mut pool) = (call.result::<X>(0)?, call.result::<K>(1)?);
@@ -162,7 +178,7 @@ impl<X: Activations, K: Cached> Kernel for AttentionBlock<X, K> {
             expect("the input's size", columns, block.qkv.columns())?;
             expect("the result's size", y.len(), x.len())?;
             let scales = scales.as_deref_mut().unwrap_or_default();
-            let rotary = call.argument::<f32>(output + MATRIX)?.dims::<2>()?[1];
+            let rotary = call.argument::<f32>(rotary)?.dims::<2>()?[1];
             let rows = real_rows(call, 2, rows)?;
             expect("the number of tokens", block.step.tokens(), rows)?;
             let y = cleared(X::own_mut(&mut y), rows * columns);
@@ -181,11 +197,16 @@ struct Block<'a> {
     /// `[tokens, rotary]`
     cos: &'a [f32],
     sin: &'a [f32],
+    /// `[head_dim]` each, of queries and keys.
+    head_norms: Option<[&'a [f32]; 2]>,
+    o_bias: Option<&'a [f32]>,
+    post_norm: Option<&'a [f32]>,
     step: Step<'a>,
 }
 
 impl Block<'_> {
-    /// `y = x + output · attention(rotary(qkv · norm(x) + bias))`.
+    /// `y = x + output · attention(rotary(qkv · norm(x) + bias))`, with the norms of heads and of what is added to `x`, and
+    /// the output's bias, that there are.
     fn apply<X: Element, K: KvElement>(
         &self,
         x: &[X],
@@ -201,6 +222,12 @@ impl Block<'_> {
         expect("the size of the output's input", self.output.columns(), queries)?;
         expect("the size of the output", self.output.rows(), self.qkv.columns())?;
         expect("the size of the bias", self.bias.map_or(width, <[f32]>::len), width)?;
+        for norm in self.head_norms.into_iter().flatten() {
+            expect("the size of a norm of heads", norm.len(), head_dim)?;
+        }
+        for vector in [self.o_bias, self.post_norm].into_iter().flatten() {
+            expect("the size of the output's bias or norm", vector.len(), self.output.rows())?;
+        }
         let rows = x.len() / self.qkv.columns();
         expect("the sines", self.sin.len(), self.cos.len())?;
         let level = level();
@@ -219,13 +246,20 @@ impl Block<'_> {
                 X::store(level, values, unsafe { shared.part(start..start + values.len()) });
             }
         });
-        rotate(level, &mut joint, width, 0..q_heads + kv_heads, head_dim, [self.cos, self.sin], rotary);
+        let norms = self.head_norms.map(|[queries, keys]| HeadNorms { queries, keys, q_heads, eps: self.eps });
+        let heads = Heads { range: 0..q_heads + kv_heads, head_dim, norms };
+        rotate(level, &mut joint, width, &heads, [self.cos, self.sin], rotary);
         let part = |from: usize| Rows { data: &joint[from.min(joint.len())..], stride: width };
         let inputs = Inputs { q: part(0), k: part(queries), v: part(queries + keys) };
         let mut attended = Buffer::<X>::take(rows * queries);
         attention(&self.params, &self.step, &inputs, pool, scales, &mut attended).map_err(Fault::invalid)?;
         let attended = Prepared::of(level, &attended, &self.output);
-        linear_prepared(&attended, &self.output, Epilogue { bias: None, residual: Some(x) }, y);
+        match self.post_norm {
+            Some(weights) => {
+                linear_normed(&attended, &self.output, self.o_bias, Norm { weights, eps: self.eps }, x, y);
+            }
+            None => linear_prepared(&attended, &self.output, Epilogue { bias: self.o_bias, residual: Some(x) }, y),
+        }
         Ok(())
     }
 }

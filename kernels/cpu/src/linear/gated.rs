@@ -2,7 +2,7 @@
 
 use torus_abi::{fragment::Activation, kernel::parallel_for};
 
-use super::{Cut, Epilogue, TILE_ROWS, Tile, blocks, linear_prepared, segment_product};
+use super::{Cut, Epilogue, Norm, TILE_ROWS, Tile, blocks, linear_normed, linear_prepared, segment_product};
 use crate::{
     activations::{Element, Forms, Prepared, for_levels},
     level::{Level, level},
@@ -28,15 +28,14 @@ fn gate_and_up<'a>(matrix: &PackedMatrix<'a>) -> Option<[PackedSegment<'a>; 2]> 
     }
 }
 
-/// `y = x + down · (act(gate · n) * (up · n))`, where `n` is `x` scaled to a root mean square of 1, times `norm`; `x`
-/// and `y` are `[rows, hidden]`.
+/// `y = x + down · (act(gate · n) * (up · n))`, where `n` is `x` after the first norm; with a second one, what is added to
+/// `x` goes through it. `x` and `y` are `[rows, hidden]`.
 ///
 /// # Panics
 /// If the lengths do not fit each other, or not [`gated_mlp_fits`].
 pub fn gated_mlp<X: Element, Y: Element>(
     x: &[X],
-    norm: &[f32],
-    eps: f32,
+    (norm, post_norm): (Norm<'_>, Option<Norm<'_>>),
     gate_up: &PackedMatrix<'_>,
     down: &PackedMatrix<'_>,
     activation: Activation,
@@ -44,9 +43,12 @@ pub fn gated_mlp<X: Element, Y: Element>(
 ) {
     assert!(gated_mlp_fits(gate_up, down), "matrices of a gated MLP");
     let level = level();
-    let normed = Prepared::normed(level, x, norm, eps, gate_up);
+    let normed = Prepared::normed(level, x, norm.weights, norm.eps, gate_up);
     let inner = inner(&normed, gate_up, Forms::of(level, down), activation);
-    linear_prepared(&inner, down, Epilogue { bias: None, residual: Some(x) }, y);
+    match post_norm {
+        Some(norm) => linear_normed(&inner, down, None, norm, x, y),
+        None => linear_prepared(&inner, down, Epilogue { bias: None, residual: Some(x) }, y),
+    }
 }
 
 /// `act(gate · x) * (up · x)`, in the forms that the next product reads.

@@ -168,7 +168,7 @@ fn a_gated_mlp_is_its_formula() {
         let gate_up = Matrix::random(rng, hidden, &[(format, inner), (format, inner)]);
         let joined = Matrix::random(rng, hidden, &[(format, 2 * inner)]);
         let down = Matrix::random(rng, inner, &[(format, hidden)]);
-        let (x, norm) = (random(rng, rows * hidden), random(rng, hidden));
+        let (x, norm, post_norm) = (random(rng, rows * hidden), random(rng, hidden), random(rng, hidden));
         for gate_up in [&gate_up, &joined] {
             if !gated_mlp_fits(&gate_up.packed(), &down.packed()) {
                 assert!(!inner.is_multiple_of(GROUP) && gate_up.packed().segments().len() == 1);
@@ -183,7 +183,16 @@ fn a_gated_mlp_is_its_formula() {
             let gated: Vec<f32> = gated.collect();
             let (expected, magnitude) = reference::product(&gated, &down.elements, inner);
             let mut y = vec![f32::NAN; rows * hidden];
-            gated_mlp(&x, &norm, eps, &gate_up.packed(), &down.packed(), Activation::Silu, &mut y);
+            let first = Norm { weights: &norm, eps };
+            gated_mlp(&x, (first, None), &gate_up.packed(), &down.packed(), Activation::Silu, &mut y);
+            let mut normed = vec![f32::NAN; rows * hidden];
+            let norms = (first, Some(Norm { weights: &post_norm, eps }));
+            gated_mlp(&x, norms, &gate_up.packed(), &down.packed(), Activation::Silu, &mut normed);
+            let added: Vec<f32> = y.iter().zip(&x).map(|(y, x)| y - x).collect();
+            let again = added.chunks(hidden).flat_map(|row| rms(row, &post_norm, eps)).zip(&x);
+            for (found, expected) in normed.iter().zip(again.map(|(y, x)| y + x)) {
+                assert!((found - expected).abs() < 1e-4, "{format:?} {rows} {inner}: {found} is not {expected}");
+            }
             // With bf16 weights the activations of both products are rounded to 8 bits.
             let allowed = if format == Format::Bf16 { 3e-2 } else { 1e-5 };
             for (index, y) in y.iter().enumerate() {

@@ -3,7 +3,7 @@
 use torus_abi::{
     TensorType,
     fragment::{Activation, Fragment, Import, Operand, Operation, WeightHandle},
-    model::StateHandle,
+    model::{HostImports, StateHandle},
     step::{StepInput, StepShape},
 };
 
@@ -85,41 +85,61 @@ fn tensor(dims: &[u64], values: &[f32]) -> Tensor {
     Tensor::new(&axes, values)
 }
 
+/// Whether a block has the norms that not every host knows, and whether this one does.
+const VARIANTS: [(bool, HostImports); 3] = [
+    (false, HostImports { block_norms: false }),
+    (true, HostImports { block_norms: false }),
+    (true, HostImports { block_norms: true }),
+];
+
+/// `x + y`, with `y` normalized if there is a norm.
+fn added(x: &[f32], y: &[f32], norm: Option<&[f32]>) -> Vec<f32> {
+    let y = norm.map_or(y.to_vec(), |norm| rms_norm(y, norm));
+    x.iter().zip(y).map(|(x, y)| x + y).collect()
+}
+
 #[test]
 fn the_gated_mlp_is_what_its_operation_says() {
     let inner = 5;
-    let builder = Builder::new("toy");
-    builder.export("mlp", |f| {
-        let x = f.input(Operand::Hidden, Shape::new(DType::F32, [(TOKENS, TOKEN_COUNT), (HIDDEN, WIDTH)]));
-        let mlp = GatedMlp {
-            norm: f.weight("norm", &plain(&[WIDTH]), &[WIDTH]),
-            gate_up: f.weight("gate_up", &plain(&[2 * inner, WIDTH]), &[2 * inner, WIDTH]),
-            down: f.weight("down", &plain(&[WIDTH, inner]), &[WIDTH, inner]),
-            activation: Activation::Silu,
-            norm_eps: EPS,
-        };
-        vec![(Operand::Hidden, x.gated_mlp(&mlp))]
-    });
-    let fragment = builder.finish().unwrap();
-    let (x, norm) = (noise(24, 1), noise(8, 2));
+    let (x, norm, post_norm) = (noise(24, 1), noise(8, 2), noise(8, 5));
     let (gate_up, down) = (noise(80, 3), noise(40, 4));
-    let inputs = [tensor(&[3, 8], &x), tensor(&[8], &norm), tensor(&[10, 8], &gate_up), tensor(&[8, 5], &down)];
-    let out = link_and_run(&fragment, "mlp", &inputs);
+    for (has_norm, host) in VARIANTS {
+        let builder = Builder::new("toy");
+        builder.export("mlp", |f| {
+            let x = f.input(Operand::Hidden, Shape::new(DType::F32, [(TOKENS, TOKEN_COUNT), (HIDDEN, WIDTH)]));
+            let mlp = GatedMlp {
+                norm: f.weight("norm", &plain(&[WIDTH]), &[WIDTH]),
+                gate_up: f.weight("gate_up", &plain(&[2 * inner, WIDTH]), &[2 * inner, WIDTH]),
+                down: f.weight("down", &plain(&[WIDTH, inner]), &[WIDTH, inner]),
+                activation: Activation::Silu,
+                norm_eps: EPS,
+                post_norm: has_norm.then(|| f.weight("post_norm", &plain(&[WIDTH]), &[WIDTH])),
+            };
+            vec![(Operand::Hidden, x.gated_mlp(&mlp, host))]
+        });
+        let fragment = builder.finish().unwrap();
+        assert_eq!(fragment.imports.iter().any(|import| import.default.is_some()), !has_norm || host.block_norms);
+        let mut inputs =
+            vec![tensor(&[3, 8], &x), tensor(&[8], &norm), tensor(&[10, 8], &gate_up), tensor(&[8, 5], &down)];
+        inputs.extend(has_norm.then(|| tensor(&[8], &post_norm)));
+        let out = link_and_run(&fragment, "mlp", &inputs);
 
-    let both = linear(&rms_norm(&x, &norm), &gate_up, 8);
-    let silu = |x: f32| x / (1.0 + (-x).exp());
-    let act: Vec<f32> = both.chunks(10).flat_map(|row| (0..5).map(|i| silu(row[i]) * row[5 + i])).collect();
-    let expected: Vec<_> = linear(&act, &down, 5).iter().zip(&x).map(|(y, x)| x + y).collect();
-    assert_close(&out[0].values::<f32>(), &expected, 1e-5);
+        let both = linear(&rms_norm(&x, &norm), &gate_up, 8);
+        let silu = |x: f32| x / (1.0 + (-x).exp());
+        let act: Vec<f32> = both.chunks(10).flat_map(|row| (0..5).map(|i| silu(row[i]) * row[5 + i])).collect();
+        let expected = added(&x, &linear(&act, &down, 5), has_norm.then_some(&post_norm));
+        assert_close(&out[0].values::<f32>(), &expected, 1e-5);
+    }
 }
 
-fn attention_fragment() -> Fragment {
+fn attention_fragment(has_norms: bool, host: HostImports) -> Fragment {
     let state =
         StateHandle { pool: vec![TensorType::new(DType::F32, [2, 2])], context: vec![TensorType::new(DType::I32, [])] };
     let builder = Builder::new("toy");
     builder.export("block", |f| {
         let x = f.input(Operand::Hidden, Shape::new(DType::F32, [(TOKENS, TOKEN_COUNT), (HIDDEN, WIDTH)]));
         let table = Shape::new(DType::F32, [(TOKENS, TOKEN_COUNT), (ROTARY, 2)]);
+        let vector = |name: &str, len: u64| has_norms.then(|| f.weight(name, &plain(&[len]), &[len]));
         let block = AttentionBlock {
             norm: f.weight("norm", &plain(&[8]), &[8]),
             qkv: f.weight("qkv", &plain(&[32, 8]), &[32, 8]),
@@ -132,8 +152,11 @@ fn attention_fragment() -> Fragment {
             kind: 0,
             heads: HEADS,
             norm_eps: EPS,
+            head_norms: vector("q_norm", 4).zip(vector("k_norm", 4)).map(<[_; 2]>::from),
+            o_bias: vector("o_bias", 8),
+            post_norm: vector("post_norm", 8),
         };
-        let (y, pool) = f.attention_block(x, &block);
+        let (y, pool) = f.attention_block(x, &block, host);
         vec![(Operand::Hidden, y), (Operand::Pool { layer: 0, part: 0 }, pool[0])]
     });
     builder.finish().unwrap()
@@ -141,45 +164,58 @@ fn attention_fragment() -> Fragment {
 
 #[test]
 fn the_attention_block_is_what_its_operation_says() {
-    let fragment = attention_fragment();
     let (x, norm, qkv, bias, o) = (noise(24, 1), noise(8, 2), noise(256, 3), noise(32, 4), noise(128, 5));
     let (cos, sin, pool) = (noise(6, 6), noise(6, 7), noise(4, 8));
-    let inputs = [
-        tensor(&[3, 8], &x),
-        tensor(&[8], &norm),
-        tensor(&[32, 8], &qkv),
-        tensor(&[32], &bias),
-        tensor(&[8, 16], &o),
-        tensor(&[3, 2], &cos),
-        tensor(&[3, 2], &sin),
-        tensor(&[2, 2], &pool),
-        Tensor::new(&[], &[7]),
-    ];
-    let out = link_and_run(&fragment, "block", &inputs);
-
-    let mut joint = linear(&rms_norm(&x, &norm), &qkv, 8);
-    joint.iter_mut().enumerate().for_each(|(i, y)| *y += bias[i % 32]);
-    let mut attended = Vec::new();
-    for (t, row) in joint.chunks(32).enumerate() {
-        let turned = |head: usize| {
-            let (x, cos, sin) = (&row[head * 4..][..4], &cos[t * 2..][..2], &sin[t * 2..][..2]);
-            let first = |i: usize| x[i] * cos[i] - x[2 + i] * sin[i];
-            let second = |i: usize| x[2 + i] * cos[i] + x[i] * sin[i];
-            [first(0), first(1), second(0), second(1)]
-        };
-        for head in 0..4 {
-            let (q, k, v) = (turned(head), turned(4 + head / 2), &row[(6 + head / 2) * 4..][..4]);
-            attended.extend((0..4).map(|i| (q[i] * k[i] + v[i]) * 7.0));
+    let (q_norm, k_norm, o_bias, post_norm) = (noise(4, 9), noise(4, 10), noise(8, 11), noise(8, 12));
+    for (has_norms, host) in VARIANTS {
+        let fragment = attention_fragment(has_norms, host);
+        assert_eq!(fragment.imports.iter().any(|import| import.default.is_some()), !has_norms || host.block_norms);
+        let mut inputs = vec![
+            tensor(&[3, 8], &x),
+            tensor(&[8], &norm),
+            tensor(&[32, 8], &qkv),
+            tensor(&[32], &bias),
+            tensor(&[8, 16], &o),
+            tensor(&[3, 2], &cos),
+            tensor(&[3, 2], &sin),
+            tensor(&[2, 2], &pool),
+            Tensor::new(&[], &[7]),
+        ];
+        if has_norms {
+            inputs.extend([tensor(&[4], &q_norm), tensor(&[4], &k_norm)]);
+            inputs.extend([tensor(&[8], &o_bias), tensor(&[8], &post_norm)]);
         }
+        let out = link_and_run(&fragment, "block", &inputs);
+
+        let mut joint = linear(&rms_norm(&x, &norm), &qkv, 8);
+        joint.iter_mut().enumerate().for_each(|(i, y)| *y += bias[i % 32]);
+        let mut attended = Vec::new();
+        for (t, row) in joint.chunks(32).enumerate() {
+            let turned = |head: usize| {
+                let (x, cos, sin) = (&row[head * 4..][..4], &cos[t * 2..][..2], &sin[t * 2..][..2]);
+                let x = if has_norms { rms_norm(x, if head < 4 { &q_norm } else { &k_norm }) } else { x.to_vec() };
+                let first = |i: usize| x[i] * cos[i] - x[2 + i] * sin[i];
+                let second = |i: usize| x[2 + i] * cos[i] + x[i] * sin[i];
+                [first(0), first(1), second(0), second(1)]
+            };
+            for head in 0..4 {
+                let (q, k, v) = (turned(head), turned(4 + head / 2), &row[(6 + head / 2) * 4..][..4]);
+                attended.extend((0..4).map(|i| (q[i] * k[i] + v[i]) * 7.0));
+            }
+        }
+        let mut y = linear(&attended, &o, 16);
+        if has_norms {
+            y.iter_mut().enumerate().for_each(|(i, y)| *y += o_bias[i % 8]);
+        }
+        let expected = added(&x, &y, has_norms.then_some(&post_norm));
+        assert_close(&out[0].values::<f32>(), &expected, 2e-5);
+        assert_close(&out[1].values::<f32>(), &pool.iter().map(|x| x + 1.0).collect::<Vec<_>>(), 1e-6);
     }
-    let expected: Vec<_> = linear(&attended, &o, 16).iter().zip(&x).map(|(y, x)| x + y).collect();
-    assert_close(&out[0].values::<f32>(), &expected, 2e-5);
-    assert_close(&out[1].values::<f32>(), &pool.iter().map(|x| x + 1.0).collect::<Vec<_>>(), 1e-6);
 }
 
 #[test]
 fn arguments_of_the_attention_block_come_in_the_documented_order() {
-    let fragment = attention_fragment();
+    let fragment = attention_fragment(false, HostImports::default());
     let named = |op: &str| fragment.imports.iter().find(|import| import.symbol.contains(op)).unwrap();
     let types: Vec<_> = named("attention_block").arguments.iter().map(ToString::to_string).collect();
     assert_eq!(types.join(" "), "f32[3,8] f32[8] f32[32,8] f32[32] f32[8,16] f32[3,2] f32[3,2] f32[2,2] i32[]");
@@ -193,6 +229,10 @@ fn arguments_of_the_attention_block_come_in_the_documented_order() {
     );
     let calls = ["toy.import.attention.0", "toy.import.linear.0", "toy.import.linear.1"];
     assert_eq!(body.calls, calls);
+    let fragment = attention_fragment(true, HostImports { block_norms: true });
+    let block = fragment.imports.iter().find(|import| import.symbol.contains("attention_block")).unwrap();
+    let types: Vec<_> = block.arguments[5..].iter().map(ToString::to_string).collect();
+    assert_eq!(types.join(" "), "f32[3,2] f32[3,2] f32[4] f32[4] f32[8] f32[8] f32[2,2] i32[]");
 }
 
 #[test]

@@ -1,7 +1,10 @@
 //! Texts of small graphs. `UPDATE_EXPECT=1 cargo test` writes them anew; the other tests say whether they are right.
 
 use expect_test::{Expect, expect};
-use torus_abi::fragment::{Activation, Operand, WeightHandle};
+use torus_abi::{
+    fragment::{Activation, Operand, WeightHandle},
+    model::HostImports,
+};
 
 use crate::{
     BackendConfig, Builder, CustomCall, DType, Dot, Func, GatedMlp, Group, Linear, Scatter, Shape, TensorType, Value,
@@ -284,10 +287,11 @@ fn toy_model() -> torus_abi::fragment::Fragment {
             down: f.weight("down", &handle(&[4, 6]), &[4, 6]),
             activation: Activation::Silu,
             norm_eps: 1e-5,
+            post_norm: None,
         };
         let mut x = f.embed(tokens, &table, HIDDEN, DType::F32);
         for _ in 0..3 {
-            let layer = f.outline("layer", |g| vec![g.pass(&x).gated_mlp(&g.pass(&mlp))]);
+            let layer = f.outline("layer", |g| vec![g.pass(&x).gated_mlp(&g.pass(&mlp), HostImports::default())]);
             x = layer[0];
         }
         vec![(Operand::Hidden, x)]

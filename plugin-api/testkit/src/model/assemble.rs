@@ -6,7 +6,7 @@ use torus_abi::{
     DType, TensorType,
     attention::{AttentionAnswer, AttentionQuery, EmitAttention, Target},
     fragment::{Export, Fragment, Function, Operand},
-    model::{EmitModel, ModelDescription, ModelPart, StateHandle, StateKind},
+    model::{EmitModel, HostImports, ModelDescription, ModelPart, StateHandle, StateKind},
     step::{StepInput, StepShape},
 };
 use torus_hlo::{Builder, Func, Shape, Value, module_text};
@@ -115,7 +115,13 @@ impl Assembler<'_> {
         let emit = |part| {
             let handles = self.description.weights.iter().map(|spec| (spec.name.clone(), dense(spec, self.dtype)));
             let state = answers.iter().map(state).collect();
-            let request = EmitModel { part, dtype: self.dtype, weights: handles.collect(), state };
+            let request = EmitModel {
+                part,
+                dtype: self.dtype,
+                weights: handles.collect(),
+                state,
+                imports: HostImports { block_norms: true },
+            };
             checked(self.description, &request, self.model.emit(&request)?.fragment)
         };
         let hidden = emit(ModelPart::Hidden { shape, capture: Vec::new() })?;

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use torus_abi::{
     DType, TensorType,
     fragment::{Fragment, Operand, WeightHandle},
-    model::{EmitModel, ModelDescription, ModelPart, StateHandle, WeightRole, WeightSpec},
+    model::{EmitModel, HostImports, ModelDescription, ModelPart, StateHandle, WeightRole, WeightSpec},
     step::StepShape,
 };
 
@@ -15,7 +15,8 @@ use crate::{
     signature::{disjoint, export, well_formed},
 };
 
-/// Both opened models are asked for both parts in several step shapes, dtypes, storages and states.
+/// Both opened models are asked for both parts in several step shapes, dtypes, storages and states, by a host of the first
+/// release and by today's.
 pub(crate) fn check(models: [&dyn Opened; 2], description: &ModelDescription, report: &mut Report) {
     let shape = |tokens, seqs| StepShape { tokens, seqs, page_size: 16, pages: 9, page_table: 16 };
     let last = description.layers.len().saturating_sub(1);
@@ -57,6 +58,7 @@ fn request(description: &ModelDescription, part: ModelPart, dtype: DType, storag
             storage: "testkit-i8".to_owned(),
         },
     };
+    let imports = HostImports { block_norms: matches!(storage, Storage::Quantized) };
     let ints = |len| TensorType::new(DType::I32, [len]);
     let state = match state {
         State::KeysAndValues => {
@@ -71,6 +73,7 @@ fn request(description: &ModelDescription, part: ModelPart, dtype: DType, storag
         dtype,
         weights: description.weights.iter().map(|spec| (spec.name.clone(), handle(spec))).collect(),
         state: vec![state; description.kinds.len()],
+        imports,
     }
 }
 

@@ -34,6 +34,7 @@ fn request(model: &Gemma, part: ModelPart) -> EmitModel {
         dtype: DType::F32,
         weights: description.weights.iter().map(|spec| (spec.name.clone(), handle(&spec.shape))).collect(),
         state: vec![state; description.kinds.len()],
+        imports: Default::default(),
     }
 }
 
@@ -63,6 +64,39 @@ fn layers_of_one_kind_share_a_function_and_kinds_do_not() {
         })
         .collect();
     assert_eq!(kinds, [0, 1]);
+}
+
+/// The imports that the functions of layers call.
+fn called(fragment: &Fragment) -> Vec<Vec<&str>> {
+    let layers = fragment.functions.iter().filter(|function| function.symbol.contains("layer"));
+    let name = |callee: &'_ String| -> Option<&'static str> {
+        ["attention_block", "attention", "gated_mlp", "linear"]
+            .into_iter()
+            .find(|name| callee.contains(&format!(".{name}.")))
+    };
+    layers.map(|layer| layer.calls.iter().filter_map(name).collect()).collect()
+}
+
+#[test]
+fn a_layer_is_two_imports_where_the_host_knows_its_norms() {
+    let model = open(|_| {});
+    let mut request = request(&model, hidden(vec![]));
+    request.imports.block_norms = true;
+    let fragment = model.emit(&request).unwrap().fragment;
+    assert_eq!(called(&fragment), [["attention_block", "gated_mlp"], ["attention_block", "gated_mlp"]]);
+}
+
+#[test]
+fn a_host_that_names_no_imports_gets_what_it_always_got() {
+    let model = open(|_| {});
+    let mut message = serde_json::to_value(request(&model, hidden(vec![]))).unwrap();
+    assert!(message.as_object_mut().unwrap().remove("imports").is_some());
+    let fragment = model.emit(&serde_json::from_value(message).unwrap()).unwrap().fragment;
+    let layer = ["attention", "linear", "linear", "linear", "linear"];
+    assert_eq!(called(&fragment), [layer, layer]);
+    // Norms of the hidden state before and after both halves, and of the heads of queries and keys.
+    let text = &fragment.functions.iter().find(|function| function.symbol.contains("layer")).unwrap().text;
+    assert_eq!(text.matches("stablehlo.rsqrt").count(), 6);
 }
 
 #[test]

@@ -33,6 +33,7 @@ fn request(model: &Llama, part: ModelPart) -> EmitModel {
         dtype: DType::F32,
         weights: model.describe().weights.iter().map(|spec| (spec.name.clone(), handle(&spec.shape))).collect(),
         state: vec![StateHandle { pool: vec![pool.clone(), pool], context: vec![TensorType::new(DType::I32, [8])] }],
+        imports: Default::default(),
     }
 }
 

@@ -33,6 +33,7 @@ fn request(model: &Qwen, part: ModelPart) -> EmitModel {
         dtype: DType::F32,
         weights: model.describe().weights.iter().map(|spec| (spec.name.clone(), handle(&spec.shape))).collect(),
         state: vec![StateHandle { pool: vec![pool.clone(), pool], context: vec![TensorType::new(DType::I32, [8])] }],
+        imports: Default::default(),
     }
 }
 
@@ -74,6 +75,31 @@ fn a_layer_of_qwen3_normalizes_heads_between_imports() {
     // Queries, keys and the hidden state before the attention; the MLP's norm is inside its import.
     assert_eq!(body.text.matches("stablehlo.rsqrt").count(), 3);
     assert!(!fragment.imports.iter().any(|import| matches!(import.operation, Operation::AttentionBlock { .. })));
+}
+
+#[test]
+fn a_layer_of_qwen3_is_two_imports_where_the_host_knows_norms_of_heads() {
+    let model = open("Qwen3ForCausalLM", json!({"attention_bias": true}));
+    let mut todays = request(&model, hidden());
+    todays.imports.block_norms = true;
+    let fragment = model.emit(&todays).unwrap().fragment;
+    expect![[r#"
+        (f32[8,12] f32[8,2] f32[8,2] f32[12] f32[20,12] f32[20] f32[12,12] f32[20,1,4] f32[20,1,4] i32[8] f32[4] f32[4] f32[12] f32[12] f32[40,12] f32[12,20]) -> (f32[8,12] f32[20,1,4] f32[20,1,4])
+        attention_block.0
+        gated_mlp.0
+    "#]]
+    .assert_eq(&layer(&fragment));
+}
+
+#[test]
+fn a_host_that_names_no_imports_gets_what_it_always_got() {
+    let model = open("Qwen3ForCausalLM", json!({}));
+    let mut message = serde_json::to_value(request(&model, hidden())).unwrap();
+    assert!(message.as_object_mut().unwrap().remove("imports").is_some());
+    let fragment = model.emit(&serde_json::from_value(message).unwrap()).unwrap().fragment;
+    assert_eq!(fragment, emit(&model, hidden()));
+    let sent = serde_json::to_string(&fragment).unwrap();
+    assert!(!["head_norms", "o_bias", "post_norm"].iter().any(|field| sent.contains(&format!("\"{field}\":"))));
 }
 
 #[test]
