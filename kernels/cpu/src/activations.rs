@@ -37,7 +37,7 @@ impl Forms {
         for segment in matrix.segments() {
             match segment.format {
                 format if format.is_quantized() => forms.quantized = true,
-                Format::Bf16 if level == Level::Avx512 => forms.bf16 = true,
+                Format::Bf16 if level >= Level::Avx512 => forms.bf16 = true,
                 _ => forms.f32 = true,
             }
         }

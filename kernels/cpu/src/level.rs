@@ -13,13 +13,15 @@ pub enum Level {
     Avx2,
     /// x86-64 with AVX-512 F, BW, DQ, VL, BF16 and VNNI.
     Avx512,
+    /// The same with the matrix unit: AMX tiles and their BF16.
+    Amx,
 }
 
-/// The variable that forces a level, for tests: `portable`, `neon`, `avx2`, `avx512`.
+/// The variable that forces a level, for tests: `portable`, `neon`, `avx2`, `avx512`, `amx`.
 pub const LEVEL_VARIABLE: &str = "TORUS_CPU_LEVEL";
 
 impl Level {
-    pub const ALL: [Self; 4] = [Self::Portable, Self::Neon, Self::Avx2, Self::Avx512];
+    pub const ALL: [Self; 5] = [Self::Portable, Self::Neon, Self::Avx2, Self::Avx512, Self::Amx];
 
     pub fn name(self) -> &'static str {
         match self {
@@ -27,6 +29,7 @@ impl Level {
             Self::Neon => "neon",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
+            Self::Amx => "amx",
         }
     }
 
@@ -42,8 +45,10 @@ impl Level {
                 let needed = ["avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16", "avx512vnni"];
                 Self::Avx2.is_available() && needed.into_iter().all(has)
             }
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx => Self::Avx512.is_available() && crate::tiles::are_available(),
             #[cfg(not(target_arch = "x86_64"))]
-            Self::Avx2 | Self::Avx512 => false,
+            Self::Avx2 | Self::Avx512 | Self::Amx => false,
         }
     }
 
@@ -80,7 +85,7 @@ impl FromStr for Level {
 
     fn from_str(name: &str) -> Result<Self, Self::Err> {
         let named = Self::ALL.into_iter().find(|level| level.name() == name);
-        named.ok_or_else(|| format!("'{name}' is none of portable, neon, avx2, avx512"))
+        named.ok_or_else(|| format!("'{name}' is none of portable, neon, avx2, avx512, amx"))
     }
 }
 

@@ -23,6 +23,8 @@ pub mod packed;
 pub mod rotary;
 pub mod sampling;
 mod shared;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 pub mod workspace;
 
 pub use error::PackError;

@@ -25,7 +25,7 @@ pub use tile::{Finished, Tile};
 
 use crate::{
     activations::{Element, Prepared, rms_norm},
-    level::level,
+    level::{Level, level},
     packed::{GROUP, PackedMatrix, PackedSegment},
     shared::Shared,
     workspace::Buffer,
@@ -33,10 +33,9 @@ use crate::{
 
 /// Up to so many rows, a task takes all rows, and the matrix is read once.
 const FEW_ROWS: usize = 32;
-/// Rows of a task when there are many: whole register tiles of all levels.
+/// Rows of a task when there are many, but for whole register tiles.
 const TASK_ROWS: usize = 132;
-/// Rows of a tile at most, and groups at most: 24 rows of 128 columns are 12 KiB.
-const TILE_ROWS: usize = 24;
+/// Groups of a tile at most: 24 rows of 128 columns are 12 KiB.
 const TILE_GROUPS: usize = 8;
 /// Bytes of weights that a task keeps in the second-level cache.
 const BLOCK_BYTES: usize = 256 << 10;
@@ -141,7 +140,7 @@ pub fn product<F: Fn(&mut Finished<'_>) + Sync>(x: &Prepared, w: &PackedMatrix<'
     assert_eq!(x.columns(), w.columns(), "columns of the activations and of the matrix");
     let bytes: usize = w.segments().iter().map(|segment| segment.bytes.len()).sum();
     let groups: usize = w.segments().iter().map(PackedSegment::groups).sum();
-    let cut = Cut::new(x.rows(), groups, bytes.div_ceil(groups.max(1)));
+    let cut = Cut::new(x.level(), x.rows(), groups, bytes.div_ceil(groups.max(1)));
     parallel_for(cut.tasks(), |task| {
         let (rows, part) = cut.task(task);
         let (begin, end) = (bytes * part / cut.parts, bytes * (part + 1) / cut.parts);
@@ -153,7 +152,7 @@ pub fn product<F: Fn(&mut Finished<'_>) + Sync>(x: &Prepared, w: &PackedMatrix<'
                 (byte.saturating_sub(at).div_ceil(unit) * cut.unit).min(segment.groups())
             };
             for groups in blocks(group(begin)..group(end), cut.block) {
-                for rows in blocks(rows.clone(), TILE_ROWS) {
+                for rows in blocks(rows.clone(), cut.tile_rows) {
                     let width = segment.rows.min(groups.end * GROUP) - groups.start * GROUP;
                     let mut memory = Buffer::take(rows.len() * groups.len() * GROUP);
                     let mut tile = Tile::new(&mut memory, groups.len() * GROUP);
@@ -179,9 +178,20 @@ fn segment_product(
     microkernel(x.level(), x, rows, segment, groups, out);
 }
 
+/// Rows of a tile at most.
+fn tile_rows(level: Level) -> usize {
+    match level {
+        // Two tiles of the matrix unit.
+        Level::Amx => 32,
+        _ => 24,
+    }
+}
+
 /// How a product is cut into tasks.
 struct Cut {
     rows: usize,
+    /// Rows of a tile at most: two register tiles of the level.
+    tile_rows: usize,
     row_chunks: usize,
     /// Parts of the matrix.
     parts: usize,
@@ -192,15 +202,16 @@ struct Cut {
 }
 
 impl Cut {
-    fn new(rows: usize, groups: usize, group_bytes: usize) -> Self {
+    fn new(level: Level, rows: usize, groups: usize, group_bytes: usize) -> Self {
+        let tile_rows = tile_rows(level);
         let block = (BLOCK_BYTES / group_bytes.max(1) / 2 * 2).clamp(2, TILE_GROUPS);
         if rows <= FEW_ROWS {
-            return Self { rows, row_chunks: 1, parts: threads().min(groups), unit: 1, block };
+            return Self { rows, tile_rows, row_chunks: 1, parts: threads().min(groups), unit: 1, block };
         }
         let row_chunks = rows.div_ceil(TASK_ROWS);
         // Some tasks for each thread, so that none waits long for another at the end.
         let wanted = (threads() * 4).div_ceil(row_chunks).min(groups.div_ceil(2));
-        Self { rows, row_chunks, parts: wanted.max(groups.div_ceil(block)), unit: 2, block }
+        Self { rows, tile_rows, row_chunks, parts: wanted.max(groups.div_ceil(block)), unit: 2, block }
     }
 
     fn tasks(&self) -> usize {
@@ -210,7 +221,8 @@ impl Cut {
     /// The rows of a task, and its part of the matrix. Neighbours share the part.
     fn task(&self, task: usize) -> (Range<usize>, usize) {
         let (chunk, part) = (task % self.row_chunks, task / self.row_chunks);
-        let len = self.rows.div_ceil(self.row_chunks).next_multiple_of(if self.row_chunks > 1 { 12 } else { 1 });
+        let unit = if self.row_chunks > 1 { self.tile_rows / 2 } else { 1 };
+        let len = self.rows.div_ceil(self.row_chunks).next_multiple_of(unit);
         (self.rows.min(chunk * len)..self.rows.min((chunk + 1) * len), part)
     }
 }

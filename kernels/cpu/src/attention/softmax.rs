@@ -81,7 +81,7 @@ pub(super) fn weigh<C: Compute>(
     match level {
         // SAFETY: the level is one that this machine has.
         #[cfg(target_arch = "x86_64")]
-        Level::Avx512 => unsafe { x86::weigh_avx512(scores, visible, params.head_dim, out, weights) },
+        Level::Avx512 | Level::Amx => unsafe { x86::weigh_avx512(scores, visible, params.head_dim, out, weights) },
         #[cfg(target_arch = "x86_64")]
         Level::Avx2 => {
             // SAFETY: as above.

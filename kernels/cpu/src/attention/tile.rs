@@ -163,7 +163,7 @@ type Product<X, C> = fn(&[X], usize, usize, &[&[C]], &mut [f32]);
 pub(super) fn products<C: Compute>(level: Level) -> Products<C, C> {
     match level {
         #[cfg(target_arch = "x86_64")]
-        Level::Avx512 => (super::avx512::scores::<C>, super::avx512::weighted::<C>),
+        Level::Avx512 | Level::Amx => (super::avx512::scores::<C>, super::avx512::weighted::<C>),
         _ => (portable::scores::<C>, portable::weighted::<C>),
     }
 }

@@ -62,7 +62,7 @@ impl DerefMut for Memory {
 /// What the words of some memory add up to.
 pub(super) fn sum(words: &[[u8; 256]]) -> u64 {
     #[cfg(target_arch = "x86_64")]
-    if level() == Level::Avx512 {
+    if level() >= Level::Avx512 {
         // SAFETY: the level is one that this machine has.
         return unsafe { sum_avx512(words) };
     }

@@ -13,6 +13,8 @@ pub enum Arithmetic {
     F32,
     /// Pairs of bf16, added in f32.
     Bf16,
+    /// The same in the matrix unit.
+    Tiles,
     /// Fours of bytes, added in i32.
     Int8,
     /// Fours of bytes of which one has six bits, so that AVX2 may add them in i16.
@@ -24,6 +26,7 @@ impl Arithmetic {
     pub fn of(format: Format) -> Self {
         match format {
             Format::F32 | Format::F16 => Self::F32,
+            Format::Bf16 if level() == Level::Amx => Self::Tiles,
             Format::Bf16 => Self::Bf16,
             Format::Q8 => Self::Int8,
             _ => Self::Int6,
@@ -35,21 +38,24 @@ impl Arithmetic {
 pub fn peak(arithmetic: Arithmetic) -> Option<f64> {
     #[cfg(target_arch = "x86_64")]
     {
+        use Level::{Amx, Avx2, Avx512};
         const ROUNDS: usize = 50_000;
         // What runs, and operations of its instructions for each sum.
         let (run, each): (fn(usize), usize) = match (level(), arithmetic) {
             // SAFETY: here and below, the level is one that this machine has.
-            (Level::Avx512, Arithmetic::F32) => (|rounds| _ = black_box(unsafe { multiply_f32(rounds) }), 32),
+            (Amx, Arithmetic::Tiles) => (|rounds| unsafe { amx::multiply_bf16(rounds) }, 16 * 16 * 64),
             // SAFETY: as above.
-            (Level::Avx512, Arithmetic::Bf16) => (|rounds| _ = black_box(unsafe { multiply_bf16(rounds) }), 64),
+            (Avx512 | Amx, Arithmetic::F32) => (|rounds| _ = black_box(unsafe { multiply_f32(rounds) }), 32),
             // SAFETY: as above.
-            (Level::Avx512, _) => (|rounds| _ = black_box(unsafe { multiply_int8(rounds) }), 128),
+            (Avx512 | Amx, Arithmetic::Bf16) => (|rounds| _ = black_box(unsafe { multiply_bf16(rounds) }), 64),
             // SAFETY: as above.
-            (Level::Avx2, Arithmetic::Int8) => (|rounds| _ = black_box(unsafe { avx2::multiply_int8(rounds) }), 64),
+            (Avx512 | Amx, _) => (|rounds| _ = black_box(unsafe { multiply_int8(rounds) }), 128),
             // SAFETY: as above.
-            (Level::Avx2, Arithmetic::Int6) => (|rounds| _ = black_box(unsafe { avx2::multiply_int6(rounds) }), 64),
+            (Avx2, Arithmetic::Int8) => (|rounds| _ = black_box(unsafe { avx2::multiply_int8(rounds) }), 64),
             // SAFETY: as above.
-            (Level::Avx2, _) => (|rounds| _ = black_box(unsafe { avx2::multiply_f32(rounds) }), 16),
+            (Avx2, Arithmetic::Int6) => (|rounds| _ = black_box(unsafe { avx2::multiply_int6(rounds) }), 64),
+            // SAFETY: as above.
+            (Avx2, _) => (|rounds| _ = black_box(unsafe { avx2::multiply_f32(rounds) }), 16),
             _ => return None,
         };
         let start = Instant::now();
@@ -100,6 +106,33 @@ fn multiply_int8(rounds: usize) -> i32 {
         sums.iter_mut().for_each(|sum| *sum = _mm512_dpbusd_epi32(*sum, one, one));
     }
     sums.iter().fold(0, |total, sum| total.wrapping_add(_mm512_reduce_add_epi32(*sum)))
+}
+
+/// Products of whole tiles.
+#[cfg(target_arch = "x86_64")]
+mod amx {
+    use super::CHAINS;
+    use crate::tiles::{self, ROW_BYTES, ROWS, Shapes};
+
+    fn shapes() -> Shapes {
+        (0..8).fold(Shapes::default(), |shapes, register| shapes.with(register, ROWS, ROW_BYTES))
+    }
+
+    /// # Safety
+    /// The level is available.
+    pub unsafe fn multiply_bf16(rounds: usize) {
+        // SAFETY: as the caller says; all registers are whole tiles, of zeros.
+        unsafe {
+            tiles::configured(shapes(), || {
+                for _ in 0..rounds * CHAINS / 4 {
+                    tiles::add_bf16::<0, 4, 6>();
+                    tiles::add_bf16::<1, 4, 7>();
+                    tiles::add_bf16::<2, 5, 6>();
+                    tiles::add_bf16::<3, 5, 7>();
+                }
+            });
+        }
+    }
 }
 
 /// The same with half of the width; bytes in two or three instructions.

@@ -2,7 +2,7 @@
 
 use torus_abi::{fragment::Activation, kernel::parallel_for};
 
-use super::{Cut, Epilogue, Norm, TILE_ROWS, Tile, blocks, linear_normed, linear_prepared, segment_product};
+use super::{Cut, Epilogue, Norm, Tile, blocks, linear_normed, linear_prepared, segment_product};
 use crate::{
     activations::{Element, Forms, Prepared, for_levels},
     level::{Level, level},
@@ -57,12 +57,12 @@ fn inner(x: &Prepared, gate_up: &PackedMatrix<'_>, forms: Forms, activation: Act
     let inner = Prepared::new(x.level(), forms, x.rows(), gate.rows);
     // Pairs of groups, since quantized blocks take so many columns.
     let (groups, pairs) = (gate.groups(), gate.groups().div_ceil(2));
-    let cut = Cut::new(x.rows(), groups, gate.group_bytes() + up.group_bytes());
+    let cut = Cut::new(x.level(), x.rows(), groups, gate.group_bytes() + up.group_bytes());
     parallel_for(cut.tasks(), |task| {
         let (rows, part) = cut.task(task);
         let own = pairs * part / cut.parts * 2..groups.min(pairs * (part + 1) / cut.parts * 2);
         for groups in blocks(own, cut.block) {
-            for rows in blocks(rows.clone(), TILE_ROWS) {
+            for rows in blocks(rows.clone(), cut.tile_rows) {
                 let (stride, column) = (groups.len() * GROUP, groups.start * GROUP);
                 let mut memory = Buffer::<f32>::take(2 * rows.len() * stride);
                 let (gates, ups) = memory.split_at_mut(rows.len() * stride);

@@ -120,7 +120,7 @@ pub(super) fn product(
         unsafe {
             match level {
                 #[cfg(target_arch = "x86_64")]
-                Level::Avx512 => avx512::run(segment.format, panel, rows.len()),
+                Level::Avx512 | Level::Amx => avx512::run(segment.format, panel, rows.len()),
                 #[cfg(target_arch = "x86_64")]
                 Level::Avx2 => avx2::run(segment.format, panel, rows.len()),
                 _ => portable::run(segment.format, panel, rows.len()),

@@ -88,6 +88,10 @@ fn shapes(rng: &mut ChaCha8Rng) -> Vec<Shape> {
         shapes.push((1, 576, vec![(format, 600)]));
         shapes.push((140, 96, vec![(format, 333)]));
     }
+    // Whole blocks of columns, which the matrix unit takes, with one tile of rows and two, and with an odd group.
+    for (rows, columns, outputs) in [(4, 32, 16), (16, 64, 40), (17, 96, 48), (32, 160, 33), (150, 576, 200)] {
+        shapes.push((rows, columns, vec![(Format::Bf16, outputs)]));
+    }
     for rows in [1, 6, 40] {
         shapes.push((rows, 33, vec![(Format::Bf16, 17), (Format::F32, 40), (Format::F16, 160), (Format::Bf16, 1)]));
     }
@@ -211,9 +215,10 @@ fn rms(row: &[f32], norm: &[f32], eps: f32) -> Vec<f32> {
 
 #[test]
 fn tasks_cover_every_element_once_however_many_there_are() {
-    for rows in [1, 32, 33, 132, 133, 512, 1000] {
+    let rows = [1, 32, 33, 132, 133, 512, 1000];
+    for (level, rows) in Level::ALL.into_iter().flat_map(|level| rows.map(|rows| (level, rows))) {
         for groups in [1, 2, 5, 36, 97] {
-            let cut = Cut::new(rows, groups, 18 << 10);
+            let cut = Cut::new(level, rows, groups, 18 << 10);
             let mut seen = vec![0; rows * cut.parts];
             for task in 0..cut.tasks() {
                 let (rows, part) = cut.task(task);
