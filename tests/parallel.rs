@@ -169,7 +169,7 @@ fn sampling_and_logprobs_are_those_of_one_device() {
 }
 
 /// Why an engine does not start.
-fn failure(config: EngineConfig) -> String {
+pub fn failure(config: EngineConfig) -> String {
     let engine: Arc<EngineHandle> = Arc::new(torus_engine::start(config).unwrap());
     loop {
         match engine.readiness() {

@@ -10,7 +10,7 @@ use futures::StreamExt;
 use torus_engine::{
     Device, EngineConfig, EngineHandle, MemoryBudget,
     api::{Engine, Event, FinishReason, GenerateRequest, LogprobOptions, Readiness, SamplingParams, TokenLogprob},
-    config::{DeviceConfig, DtypeChoice, KvCacheDtype, MemoryConfig, Platform, ScheduleConfig},
+    config::{CompileMode, DeviceConfig, DtypeChoice, KvCacheDtype, MemoryConfig, Platform, ScheduleConfig},
 };
 use torus_plugins::Registry;
 use torus_weights::ResolvedModel;
@@ -68,6 +68,7 @@ pub fn config(model: ResolvedModel) -> EngineConfig {
         kv_cache_dtype: KvCacheDtype::Auto,
         quantize_int8: false,
         cpu_kernels: true,
+        compile_mode: CompileMode::Best,
         attention_backend: None,
         context_length: None,
         memory: MemoryConfig { max_total_tokens: Some(16 * 1024), ..MemoryConfig::new(MemoryBudget::new(None)) },

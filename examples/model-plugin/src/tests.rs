@@ -27,6 +27,7 @@ fn request(model: &GraniteModel, part: ModelPart) -> EmitModel {
         weights: model.describe().weights.iter().map(|spec| (spec.name.clone(), handle(&spec.shape))).collect(),
         state: vec![StateHandle { pool: vec![pool.clone(), pool], context: vec![TensorType::new(DType::I32, [8])] }],
         imports: Default::default(),
+        loops: None,
     }
 }
 

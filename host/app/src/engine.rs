@@ -7,7 +7,7 @@ use torus_engine::{
     MemoryBudget,
     api::Engine,
     config::{
-        DeviceConfig, DtypeChoice, EngineConfig, KvCacheDtype, MemoryConfig, Platform, ScheduleConfig,
+        CompileMode, DeviceConfig, DtypeChoice, EngineConfig, KvCacheDtype, MemoryConfig, Platform, ScheduleConfig,
         WeightCacheConfig,
     },
 };
@@ -131,6 +131,10 @@ impl Machine {
             },
             quantize_int8: args.model.quantization == Some(Quantization::Int8),
             cpu_kernels: args.device.cpu_kernels == Switch::On,
+            compile_mode: match args.device.compile_mode {
+                args::CompileMode::Best => CompileMode::Best,
+                args::CompileMode::Fast => CompileMode::Fast,
+            },
             attention_backend,
             context_length: args.model.context_length,
             memory: MemoryConfig {

@@ -26,6 +26,7 @@ pub struct EngineConfig {
     pub quantize_int8: bool,
     /// Use the native kernels, where the device is this machine's CPU.
     pub cpu_kernels: bool,
+    pub compile_mode: CompileMode,
     /// Name of an attention plugin; `None` = the one that scores highest.
     pub attention_backend: Option<String>,
     /// Longest prompt plus output, at most what the model allows; `None` = the model's, as far as the pool holds it.
@@ -117,6 +118,16 @@ pub enum DtypeChoice {
     Auto,
     Float32,
     Bfloat16,
+}
+
+/// `--compile-mode`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CompileMode {
+    /// Layer after layer: for the fastest steps.
+    #[default]
+    Best,
+    /// Layers in loops: programs compile in a time that hardly depends on how many there are.
+    Fast,
 }
 
 /// `--kv-cache-dtype`.

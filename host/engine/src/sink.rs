@@ -1,6 +1,6 @@
 //! Hands weights to a device: each as it is assembled, or all of them packed in an arena.
 
-use std::io;
+use std::{collections::BTreeMap, io};
 
 use torus_abi::DType;
 use torus_pjrt::Buffer;
@@ -19,8 +19,11 @@ pub(crate) struct DeviceSink<'a> {
     device: usize,
     shared: &'a Shared,
     map: &'a WeightMap,
-    /// Of weights that are arguments of their own.
-    buffers: Vec<Buffer>,
+    /// Of weights that are arguments of their own, by the argument's number.
+    buffers: BTreeMap<usize, Buffer>,
+    /// Stacks that are not full yet, and how many weights they hold. Weights come layer by layer, so a whole shard of them
+    /// lies in the host's memory before the first is handed over.
+    stacks: BTreeMap<usize, (AlignedBytes, u64)>,
     /// What is not given out of the arena yet, and what came back of it.
     arena: Option<(AlignedBytes, AlignedBytes)>,
     vectors: Vec<u8>,
@@ -39,18 +42,20 @@ impl<'a> DeviceSink<'a> {
             Ok::<_, StartError>((free, filled))
         });
         let arena = arena.transpose()?;
-        Ok(Self { target, device, shared, map, buffers: Vec::new(), arena, vectors: Vec::new(), reserved: 0, put: 0 })
+        let (buffers, stacks) = (BTreeMap::new(), BTreeMap::new());
+        Ok(Self { target, device, shared, map, buffers, stacks, arena, vectors: Vec::new(), reserved: 0, put: 0 })
     }
 
     /// The arguments of the map, in order. Those that were packed are kept in `entry` from then on.
     pub fn finish(mut self, entry: Option<CacheEntry>) -> Result<(Vec<Buffer>, Option<Keeping>), StartError> {
+        let mut buffers: Vec<_> = std::mem::take(&mut self.buffers).into_values().collect();
         if self.map.is_shared() {
-            self.buffers.push(self.target.upload_words(&[self.device as i32], DType::I32, &[], self.device)?);
+            buffers.push(self.target.upload_words(&[self.device as i32], DType::I32, &[], self.device)?);
         }
-        let Some((_, filled)) = self.arena else { return Ok((self.buffers, None)) };
+        let Some((_, filled)) = self.arena else { return Ok((buffers, None)) };
         let filled = SharedBytes::new(filled);
-        self.buffers.extend(arguments(self.target, self.map, filled.clone(), &self.vectors)?);
-        Ok((self.buffers, entry.map(|entry| Keeping::start(entry, filled, self.vectors))))
+        buffers.extend(arguments(self.target, self.map, filled.clone(), &self.vectors)?);
+        Ok((buffers, entry.map(|entry| Keeping::start(entry, filled, self.vectors))))
     }
 }
 
@@ -66,6 +71,25 @@ where
 {
     let [arena, vector_argument] = map.arguments() else { return Ok(Vec::new()) };
     Ok(vec![target.give(matrices, arena, 0)?, target.upload(vectors, vector_argument, 0)?])
+}
+
+impl DeviceSink<'_> {
+    /// Puts a weight into its stack, and the stack onto the device when it is full.
+    fn stack(&mut self, index: usize, number: usize, bytes: &[u8]) -> Result<(), SinkError> {
+        let tensor = &self.map.arguments()[index];
+        let count = tensor.dims.first().copied().unwrap_or(1);
+        let (mut stack, filled) = match self.stacks.remove(&index) {
+            Some(begun) => begun,
+            None => (AlignedBytes::zeroed(bytes.len() * count as usize)?, 0),
+        };
+        stack[number * bytes.len()..][..bytes.len()].copy_from_slice(bytes);
+        if filled + 1 < count {
+            self.stacks.insert(index, (stack, filled + 1));
+        } else {
+            self.buffers.insert(index, self.target.give(stack, tensor, self.device)?);
+        }
+        Ok(())
+    }
 }
 
 fn no_memory(bytes: usize, source: io::Error) -> StartError {
@@ -91,12 +115,14 @@ impl WeightSink for DeviceSink<'_> {
         if self.shared.is_shutting_down() {
             return Err(StartError::Cancelled.into());
         }
-        let place = &self.map.places()[self.put];
+        let map = self.map;
+        let place = &map.places()[self.put];
         self.put += 1;
         match (place, &mut self.arena) {
-            (Place::Argument { tensor, .. } | Place::Vocabulary { tensor, .. }, _) => {
-                self.buffers.push(self.target.give(bytes, tensor, self.device)?);
+            (Place::Argument { index, tensor } | Place::Vocabulary { index, tensor }, _) => {
+                self.buffers.insert(*index, self.target.give(bytes, tensor, self.device)?);
             }
+            (Place::Stacked { index, number, .. }, _) => self.stack(*index, *number as usize, &bytes)?,
             (Place::Vector { .. }, _) => self.vectors.extend_from_slice(&bytes),
             (Place::Packed { .. }, Some((_, filled))) => {
                 let misplaced = |_| format!("'{}' does not follow the weight before it", weight.name);

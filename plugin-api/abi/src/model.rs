@@ -237,6 +237,10 @@ pub struct EmitModel {
     /// What the host's imports know beyond those of its first release; hosts of before say nothing.
     #[serde(default)]
     pub imports: HostImports,
+    /// Layers are to run in loops. A model that was built before there were any never sees it; the host notices that its
+    /// fragment takes more pools than there are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loops: Option<LayerLoops>,
 }
 
 /// What imports know that hosts once did not. A host takes a field of an [`Operation`] that it does not know for one that
@@ -248,6 +252,22 @@ pub struct HostImports {
     /// `head_norms`, `o_bias` and `post_norm` of an attention block, `post_norm` of a gated MLP.
     #[serde(default)]
     pub block_norms: bool,
+}
+
+/// How the layers of a model run in loops: a program of one body for many layers, which compiles in a time that hardly
+/// depends on how many there are.
+///
+/// Layers of one kind whose weights have equal handles can run in one loop. Weights of layer `i` are then named
+/// `layers.{i}.{name}`, the same names in each layer. Of each weight and pool, some parts are of the *layer's own*; all others
+/// are one value for all layers of the loop, and only those of the first are taken. The pool of a kind of layers is one for
+/// all of them: the export takes and gives the parts that are not the layer's own under the number of the kind's first layer,
+/// and hands them on from layer to layer.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct LayerLoops {
+    /// For each weight that has any, the numbers of its own parts.
+    pub weights: BTreeMap<String, Vec<usize>>,
+    /// For each kind of layers, the numbers of the pool's parts that are the layer's own. They come back as they are.
+    pub pools: Vec<Vec<usize>>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

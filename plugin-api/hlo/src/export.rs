@@ -56,13 +56,28 @@ impl<'a> ModelWeights<'a> {
     pub fn declare<'f>(&self, f: &'f Func<'f>, name: &str) -> Weight<'f> {
         match self.weights.get(name) {
             Some((handle, shape)) => f.weight(name, handle, shape),
-            None => {
-                let reason = format!("the model lists no weight '{name}'");
-                let poison = f.fail(Location::caller(), "weight", Vec::new(), reason);
-                let operand = WeightOperand { shape: Vec::new(), storage: String::new(), parts: 1 };
-                Weight { parts: vec![poison], operand }
-            }
+            None => Self::unknown(f, name),
         }
+    }
+
+    /// What stands for a weight that there is not, once that is recorded.
+    #[track_caller]
+    pub(crate) fn unknown<'f>(f: &'f Func<'f>, name: &str) -> Weight<'f> {
+        let reason = format!("the model lists no weight '{name}'");
+        let poison = f.fail(Location::caller(), "weight", Vec::new(), reason);
+        let operand = WeightOperand { shape: Vec::new(), storage: String::new(), parts: 1 };
+        Weight { parts: vec![poison], operand }
+    }
+
+    /// The weights whose names begin with `prefix`: what follows it, the handle, the shape.
+    pub(crate) fn beginning_with<'s>(
+        &'s self,
+        prefix: &'s str,
+    ) -> impl Iterator<Item = (&'s str, &'a WeightHandle, &'s [u64])> {
+        let rest = move |(name, (handle, shape)): (&'s String, &'s (&'a WeightHandle, Vec<u64>))| {
+            Some((name.strip_prefix(prefix)?, *handle, shape.as_slice()))
+        };
+        self.weights.iter().filter_map(rest)
     }
 }
 

@@ -8,7 +8,7 @@ use torus_abi::{
     step::StepShape,
 };
 use torus_hlo::{
-    AttentionBlock, Builder, Func, GatedMlp, Linear, ModelWeights, Shape, Value, Weight,
+    AttentionBlock, Builder, Func, GatedMlp, LayerInputs, Layers, Linear, ModelWeights, Shape, Value, Weight,
     axes::{HIDDEN, ROWS, TOKENS, VOCAB},
 };
 
@@ -78,8 +78,8 @@ impl<'f> Layer<'f> {
 }
 
 impl Graph<'_> {
-    fn layer<'f>(&self, f: &'f Func<'f>, index: usize) -> Layer<'f> {
-        let weight = |name: &str| self.weights.declare(f, &format!("layers.{index}.{name}"));
+    fn layer<'f>(&self, inputs: &LayerInputs<'_, 'f>) -> Layer<'f> {
+        let weight = |name: &str| inputs.weight(name);
         Layer {
             attention_norm: weight("attention_norm"),
             qkv: weight("qkv"),
@@ -106,17 +106,10 @@ impl Graph<'_> {
                 KindValues { context, cos, sin }
             };
             let kinds: Vec<_> = self.config.kinds.iter().enumerate().map(kind).collect();
-            let mut x = self.embed(f, tokens);
-            let mut results = Vec::new();
-            for (index, kind) in self.config.layers.iter().enumerate() {
-                let (next, pool) = self.apply_layer(f, index, x, *kind, &kinds[*kind]);
-                x = next;
-                let part = |(part, value)| (Operand::Pool { layer: index, part }, value);
-                results.extend(pool.into_iter().enumerate().map(part));
-                if capture.contains(&index) {
-                    results.push((Operand::Captured { layer: index }, x));
-                }
-            }
+            let x = self.embed(f, tokens);
+            let layers = Layers { request: self.request, weights: &self.weights, kinds: &self.config.layers, capture };
+            let (x, mut results) =
+                f.layers(&layers, x, |inputs, x| self.apply_layer(f, inputs, x, &kinds[inputs.kind]));
             let norm = self.weights.declare(f, "norm");
             results.push((Operand::Hidden, self.norm(f, x, &norm)));
             results
@@ -138,12 +131,11 @@ impl Graph<'_> {
     fn apply_layer<'f>(
         &self,
         f: &'f Func<'f>,
-        index: usize,
+        inputs: &LayerInputs<'_, 'f>,
         x: Value<'f>,
-        kind: usize,
         values: &KindValues<'f>,
     ) -> (Value<'f>, Vec<Value<'f>>) {
-        let (layer, pool) = (self.layer(f, index), f.pool(index, &self.request.state[kind]));
+        let (layer, pool, kind) = (self.layer(inputs), inputs.pool(), inputs.kind);
         let mut results = f.outline("layer", |g| {
             let (x, layer) = (g.pass(&x), layer.pass(g));
             let KindValues { context, cos, sin } = values;

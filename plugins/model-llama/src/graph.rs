@@ -4,11 +4,11 @@ use torus_abi::{
     DType,
     fault::Fault,
     fragment::{Fragment, LinearRole, Operand},
-    model::{EmitModel, ModelPart, StateHandle},
+    model::{EmitModel, ModelPart},
     step::StepShape,
 };
 use torus_hlo::{
-    AttentionBlock, Builder, Func, GatedMlp, Linear, ModelWeights, Shape, Value, Weight,
+    AttentionBlock, Builder, Func, GatedMlp, LayerInputs, Layers, Linear, ModelWeights, Shape, Value, Weight,
     axes::{HIDDEN, INTERMEDIATE, ROWS, TOKENS, VOCAB},
 };
 
@@ -47,8 +47,8 @@ struct Layer<'f> {
 }
 
 impl Graph<'_> {
-    fn layer<'f>(&self, f: &'f Func<'f>, index: usize) -> Layer<'f> {
-        let weight = |name: &str| self.weights.declare(f, &format!("layers.{index}.{name}"));
+    fn layer<'f>(&self, inputs: &LayerInputs<'_, 'f>) -> Layer<'f> {
+        let weight = |name: &str| inputs.weight(name);
         let bias = |has: bool, name: &str| has.then(|| weight(name));
         let (attention_bias, mlp_bias) = (self.config.attention_bias, self.config.mlp_bias);
         Layer {
@@ -71,20 +71,13 @@ impl Graph<'_> {
         builder.export("hidden", |f| {
             let tokens = f.input(Operand::Tokens, Shape::new(DType::I32, [(TOKENS, shape.tokens)]));
             let positions = f.input(Operand::Positions, Shape::new(DType::I32, [(TOKENS, shape.tokens)]));
-            let state = &self.request.state[0];
-            let context = f.context(0, state);
-            let mut x = f.embed(tokens, &self.weights.declare(f, "embed"), HIDDEN, self.request.dtype);
+            let context = f.context(0, &self.request.state[0]);
+            let x = f.embed(tokens, &self.weights.declare(f, "embed"), HIDDEN, self.request.dtype);
             let (cos, sin) = f.rotary_tables(positions, &self.config.rope);
-            let mut results = Vec::new();
-            for index in 0..self.config.layers {
-                let (next, pool) = self.apply_layer(f, index, x, state, &context, [cos, sin]);
-                x = next;
-                let part = |(part, value)| (Operand::Pool { layer: index, part }, value);
-                results.extend(pool.into_iter().enumerate().map(part));
-                if capture.contains(&index) {
-                    results.push((Operand::Captured { layer: index }, x));
-                }
-            }
+            let kinds = vec![0; self.config.layers];
+            let layers = Layers { request: self.request, weights: &self.weights, kinds: &kinds, capture };
+            let (x, mut results) =
+                f.layers(&layers, x, |inputs, x| self.apply_layer(f, inputs, x, &context, [cos, sin]));
             let norm = f.vector(&self.weights.declare(f, "norm"), HIDDEN);
             results.push((Operand::Hidden, x.rms_norm(HIDDEN, norm, self.config.norm_eps)));
             results
@@ -96,13 +89,12 @@ impl Graph<'_> {
     fn apply_layer<'f>(
         &self,
         f: &'f Func<'f>,
-        index: usize,
+        inputs: &LayerInputs<'_, 'f>,
         x: Value<'f>,
-        state: &StateHandle,
         context: &Vec<Value<'f>>,
         rotary: [Value<'f>; 2],
     ) -> (Value<'f>, Vec<Value<'f>>) {
-        let (layer, pool) = (self.layer(f, index), f.pool(index, state));
+        let (layer, pool) = (self.layer(inputs), inputs.pool());
         let mut results = f.outline("layer", |g| {
             let x = g.pass(&x);
             let [cos, sin] = rotary.map(|table| g.pass(&table));

@@ -86,7 +86,9 @@ pub struct DeviceArgs {
     /// $LIBTPU_INIT_ARGS
     #[arg(long, value_name = "FLAGS", allow_hyphen_values = true)]
     pub xla_flags: Option<String>,
-    /// How programs are compiled: for the fastest steps, or for an early start
+    /// How programs are compiled: for the fastest steps, or for an early start. 'fast' runs layers in loops, so that a program
+    /// compiles in a time that hardly depends on how many there are; in exchange a TPU fetches no weights ahead, and a CPU
+    /// without the native kernels copies each layer's. Give it to try a large model out, or where nothing stays in the cache
     #[arg(long, value_name = "MODE", default_value = "best")]
     pub compile_mode: CompileMode,
     /// Threads that compute on a CPU [default: as CPU affinity and the cgroup allow]

@@ -2,7 +2,7 @@
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 
-use super::{CompileMode, Device, Dtype, EngineArgs};
+use super::{Device, Dtype, EngineArgs};
 
 /// An option that was given and cannot be served.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -43,9 +43,6 @@ pub fn check(args: &EngineArgs) -> Result<(), Refused> {
     }
     if args.model.dtype == Dtype::Float16 {
         refused("--dtype float16", "this dtype is not supported yet; give bfloat16, float32 or auto")?;
-    }
-    if args.device.compile_mode == CompileMode::Fast {
-        refused("--compile-mode fast", "programs that loop over their layers are not supported yet; leave it out")?;
     }
     if args.device.device == Device::Cuda && args.device.pjrt_plugin.is_none() {
         refused(
@@ -291,7 +288,7 @@ mod tests {
             Command::Serve(args) => check(&args.engine).err().map(|refused| refused.option),
             other => panic!("{other:?}"),
         };
-        assert_eq!(check("--tp=4 --xla-flags --xla_a=1 --compile-mode best"), None);
+        assert_eq!(check("--tp=4 --xla-flags --xla_a=1 --compile-mode fast"), None);
         assert_eq!(check("--tp-size 1 --nnodes=1 --node-rank 0 --dtype bfloat16 --device tpu"), None);
         assert_eq!(check("--device cuda --pjrt-plugin x.so"), None);
         let cases = [
@@ -302,7 +299,6 @@ mod tests {
             ("--speculative-draft-model d", "--speculative-draft-model-path"),
             ("--speculative-num-steps=3", "--speculative-num-steps"),
             ("--dtype half", "--dtype float16"),
-            ("--compile-mode fast", "--compile-mode fast"),
             ("--device cuda", "--device cuda"),
         ];
         for (options, expected) in cases {

@@ -22,7 +22,7 @@ impl Device {
 pub enum CompileMode {
     /// Layer after layer: the next one's weights are fetched meanwhile.
     Best,
-    /// Not supported yet: refused.
+    /// Layers in loops: to try a model out, or where nothing stays in the cache.
     Fast,
 }
 

@@ -25,7 +25,7 @@ use torus_weights::{Checkpoint, PlannedWeight};
 pub(crate) use open::OpenedModel;
 
 use crate::{
-    config::{EngineConfig, KvCacheDtype, Platform},
+    config::{CompileMode, EngineConfig, KvCacheDtype, Platform},
     load::{StartError, invalid},
     memory,
     program::{Arguments, AssembleError, Assembler, Program, Rows, WeightMap, initial_state, load_pages, load_row},
@@ -108,14 +108,16 @@ impl Blueprint {
                 "the CPU's native kernels serve whole models only: XLA's code computes the shards of this one"
             );
         }
+        let in_loops = config.compile_mode == CompileMode::Fast;
         let assembler = Assembler {
             model,
             attention: interface.clone(),
             queries: queries.iter().map(|query| AttentionQuery { shape: plan.shape(1, 1), ..query.clone() }).collect(),
             activations,
-            weights: WeightMap::new(weights, &description.weights, parallel),
+            weights: WeightMap::new(weights, &description.weights, parallel, in_loops),
             max_running: plan.max_running as u64,
             runs_kernels,
+            in_loops,
             parallel,
             own_kernels: open::runs_own_kernels(config),
             description,

@@ -5,7 +5,7 @@ use torus_abi::{
     DType, TensorType,
     attention::{AttentionAnswer, AttentionQuery, EmitAttention},
     fragment::{Fragment, Operand},
-    model::{EmitModel, HostImports, ModelDescription, ModelPart, Parallel, StateHandle},
+    model::{EmitModel, HostImports, LayerLoops, ModelDescription, ModelPart, Parallel, StateHandle},
     step::{StepInput, StepShape},
 };
 use torus_hlo::{
@@ -17,7 +17,7 @@ use torus_plugins::{
     link::{self, Unit},
 };
 
-use super::{Field, Rows, StepLayout, WeightMap, imports, native::Native};
+use super::{Field, Rows, StepLayout, WeightMap, imports, loops, native::Native};
 use crate::sampling::{RowParameters, SamplingInputs, Vocabulary, sample, sample_natively};
 
 /// Everything that programs of one engine have in common.
@@ -36,6 +36,8 @@ pub(crate) struct Assembler {
     pub runs_kernels: bool,
     /// Whether to call the host's own where it has some.
     pub own_kernels: bool,
+    /// Whether layers run in loops; see [`super::loops`].
+    pub in_loops: bool,
 }
 
 /// A program's text and how its step buffer is laid out.
@@ -53,6 +55,16 @@ pub enum AssembleError {
     Link(#[from] LinkError),
     #[error("native kernel '{0}' runs on CPUs only; choose another attention backend or device")]
     KernelOffCpu(String),
+    #[error(
+        "attention plugin '{plugin}' does not keep the KV of all layers in one pool: {reason}; lower \
+         --max-total-tokens or leave out --compile-mode fast"
+    )]
+    Pool { plugin: String, reason: String },
+    #[error(
+        "plugin '{0}' does not run layers in loops, as --compile-mode fast has it; leave that out, or build the \
+         plugin anew with layers by `Func::layers`"
+    )]
+    NoLoops(String),
     #[error("the step program cannot be built: {0}")]
     Build(String),
 }
@@ -62,7 +74,7 @@ pub enum AssembleError {
 pub(crate) struct Arguments {
     /// Of the weights; see [`WeightMap`].
     pub weights: Vec<TensorType>,
-    /// Parts of the pools, layer by layer.
+    /// Parts of the pools, layer by layer; where layers run in loops, kind by kind.
     pub pools: Vec<TensorType>,
     pub rows: RowArrays,
 }
@@ -92,25 +104,29 @@ impl Arguments {
 impl Assembler {
     /// The pool of a layer and the context, per kind, for a shape.
     fn answers(&self, shape: StepShape) -> Result<Vec<(AttentionQuery, AttentionAnswer)>, AssembleError> {
-        let ask = |query: &AttentionQuery| {
+        let ask = |(kind, query): (usize, &AttentionQuery)| {
+            let shape = if self.in_loops { self.pool_of_all_layers(kind, shape) } else { shape };
             let query = AttentionQuery { shape, ..query.clone() };
             let answer = self.attention.query(&query)?;
+            if answer.score == 0 && self.in_loops {
+                return Err(AssembleError::Pool { plugin: self.attention.plugin().to_owned(), reason: answer.reason });
+            }
             Ok((query, answer))
         };
-        self.queries.iter().map(ask).collect()
+        self.queries.iter().enumerate().map(ask).collect()
     }
 
     /// The arguments of every program but the step buffer. They are the same for all buckets.
     pub fn arguments(&self, shape: StepShape) -> Result<Arguments, AssembleError> {
         let answers = self.answers(shape)?;
-        let layers = self.description.layers.iter();
+        let pools = self.pool_owners().into_iter().flat_map(|(_, kind)| answers[kind].1.pool.clone()).collect();
         let slots = self.max_running + 1;
         let vocab = self.description.vocab;
         let part = self.parallel.vocab(vocab);
         let ty = |dtype, dims: &[u64]| TensorType::new(dtype, dims);
         Ok(Arguments {
             weights: self.weights.arguments().to_vec(),
-            pools: layers.flat_map(|kind| answers[*kind].1.pool.clone()).collect(),
+            pools,
             rows: RowArrays {
                 last_tokens: ty(DType::I32, &[slots]),
                 page_table: ty(DType::I32, &[shape.page_table]),
@@ -126,6 +142,9 @@ impl Assembler {
         let layout = StepLayout::new(shape, rows);
         let answers = self.answers(shape)?;
         let hidden = self.emit(ModelPart::Hidden { shape, capture: Vec::new() }, &answers)?;
+        if self.in_loops {
+            self.check_loops(&hidden)?;
+        }
         let head = self.emit(ModelPart::Head { rows: layout.rows as u64 }, &answers)?;
         let emit_attention = |(kind, (query, _)): (usize, &(AttentionQuery, AttentionAnswer))| {
             Ok(self.attention.emit(&EmitAttention { kind, query: query.clone() })?.fragment)
@@ -146,50 +165,52 @@ impl Assembler {
     }
 
     fn emit(&self, part: ModelPart, answers: &[(AttentionQuery, AttentionAnswer)]) -> Result<Fragment, AssembleError> {
-        let state = |(_, answer): &(AttentionQuery, AttentionAnswer)| StateHandle {
-            pool: answer.pool.clone(),
-            context: answer.context.clone(),
+        let state = |(query, answer): &(AttentionQuery, AttentionAnswer)| match self.in_loops {
+            true => loops::state(query, answer),
+            false => StateHandle { pool: answer.pool.clone(), context: answer.context.clone() },
         };
+        let loops = || LayerLoops { weights: self.weights.own_parts(), pools: loops::own_pool_parts(answers) };
         let request = EmitModel {
             part,
             dtype: self.activations,
             weights: self.weights.handles().map(|(name, handle)| (name.to_owned(), handle)).collect(),
             state: answers.iter().map(state).collect(),
             imports: HostImports { block_norms: true },
+            loops: self.in_loops.then(loops),
         };
         Ok(self.model.emit(&request)?.fragment)
     }
 }
 
 /// The fragments of one program.
-struct Parts<'a> {
-    assembler: &'a Assembler,
-    layout: &'a StepLayout,
+pub(super) struct Parts<'a> {
+    pub assembler: &'a Assembler,
+    pub layout: &'a StepLayout,
     arguments: Arguments,
-    answers: &'a [(AttentionQuery, AttentionAnswer)],
+    pub answers: &'a [(AttentionQuery, AttentionAnswer)],
     hidden: Unit<'a>,
     head: Unit<'a>,
     /// One for each kind of layers.
-    attention: Vec<Unit<'a>>,
+    pub attention: Vec<Unit<'a>>,
 }
 
 /// Values that exports may ask for, by their meaning.
-struct Scope<'f> {
-    known: Vec<(Operand, Value<'f>)>,
+pub(super) struct Scope<'f> {
+    pub known: Vec<(Operand, Value<'f>)>,
 }
 
 impl<'f> Scope<'f> {
-    fn set(&mut self, meaning: Operand, value: Value<'f>) {
+    pub fn set(&mut self, meaning: Operand, value: Value<'f>) {
         self.known.retain(|(known, _)| *known != meaning);
         self.known.push((meaning, value));
     }
 
-    fn get(&self, meaning: &Operand) -> Option<Value<'f>> {
+    pub fn get(&self, meaning: &Operand) -> Option<Value<'f>> {
         self.known.iter().find(|(known, _)| known == meaning).map(|(_, value)| *value)
     }
 
     /// Calls an export with what it asks for, and takes its results in.
-    fn call(&mut self, func: &'f Func<'f>, unit: Unit<'_>, name: &str) -> Result<(), LinkError> {
+    pub fn call(&mut self, func: &'f Func<'f>, unit: Unit<'_>, name: &str) -> Result<(), LinkError> {
         let (export, function) = link::export(unit, name)?;
         let mut operands = Vec::with_capacity(export.arguments.len());
         for (meaning, expected) in export.arguments.iter().zip(&function.arguments) {
@@ -217,7 +238,7 @@ impl<'f> Scope<'f> {
         Ok(())
     }
 
-    fn require(&self, meaning: Operand, from: Unit<'_>, export: &str) -> Result<Value<'f>, LinkError> {
+    pub fn require(&self, meaning: Operand, from: Unit<'_>, export: &str) -> Result<Value<'f>, LinkError> {
         self.get(&meaning).ok_or_else(|| LinkError::Malformed {
             plugin: from.plugin.to_owned(),
             message: format!("export '{export}' does not give {meaning:?}"),
@@ -225,28 +246,37 @@ impl<'f> Scope<'f> {
     }
 }
 
+/// What a function gives, or nothing and the first reason kept.
+fn kept<T>(results: Result<Vec<T>, LinkError>, failure: &mut Option<LinkError>) -> Vec<T> {
+    results.unwrap_or_else(|error| {
+        failure.get_or_insert(error);
+        Vec::new()
+    })
+}
+
 impl Parts<'_> {
     /// The whole module's text.
     fn link(&self) -> Result<String, AssembleError> {
         let builder = Builder::new("host");
         let mut failure = None;
-        builder.main(|func| {
-            self.main(func).unwrap_or_else(|error| {
-                failure = Some(error);
-                Vec::new()
-            })
-        });
+        builder.main(|func| kept(self.main(func), &mut failure));
+        let mut serving = Vec::new();
+        for (kind, unit) in self.attention.iter().enumerate() {
+            serving.push(match self.assembler.in_loops {
+                true => {
+                    let name = format!("attention_{kind}");
+                    builder.function(&name, |f| kept(self.attention_in_pool(f, kind), &mut failure)).symbol
+                }
+                false => link::export(*unit, "attention")?.1.symbol.clone(),
+            });
+        }
         if let Some(error) = failure {
             return Err(error.into());
         }
         let main = builder.finish().map_err(|error| AssembleError::Build(error.to_string()))?;
         let mut units = vec![Unit { plugin: "host", fragment: &main, kernels: None }, self.hidden, self.head];
         units.extend(&self.attention);
-        let mut serving = Vec::new();
-        for unit in &self.attention {
-            serving.push(link::export(*unit, "attention")?.1.symbol.clone());
-        }
-        let native = Native { kinds: self.answers };
+        let native = Native { kinds: self.answers, pages_in_loops: self.pages_in_loops() };
         let functions = link::link(&units, &["main"], &mut |import| {
             imports::implement(import, &native, self.assembler.parallel, &|kind| {
                 serving.get(kind).cloned().unwrap_or_default()
@@ -279,7 +309,10 @@ impl Parts<'_> {
         let sampled_before = arrays.last_tokens.take(SLOTS, -source - 1);
         scope.set(Operand::Tokens, source.ge(0).select(source, sampled_before));
         self.declare_step(&packed, page_table, &mut scope);
-        self.call_contexts(func, &mut scope)?;
+        match self.assembler.in_loops {
+            true => self.pass_inputs(&mut scope),
+            false => (0..self.attention.len()).try_for_each(|kind| self.call_context(func, &mut scope, kind))?,
+        }
         scope.call(func, self.hidden, "hidden")?;
         let hidden = scope.require(Operand::Hidden, self.hidden, "hidden")?.named(&[TOKENS, HIDDEN]);
         scope.set(Operand::Hidden, hidden.take(TOKENS, packed.get(Field::LogitRows, ROWS)));
@@ -319,12 +352,15 @@ impl Parts<'_> {
     /// Pools are donated: result number `i` is the pool part number `i`.
     fn declare_pools<'f>(&self, func: &'f Func<'f>, scope: &mut Scope<'f>) -> Vec<Operand> {
         let mut meanings = Vec::new();
-        for (layer, kind) in self.assembler.description.layers.iter().enumerate() {
-            for (part, tensor) in self.answers[*kind].1.pool.iter().enumerate() {
+        for (layer, kind) in self.assembler.pool_owners() {
+            for (part, tensor) in self.answers[kind].1.pool.iter().enumerate() {
                 let value = func.donated_argument(Shape::opaque(tensor), meanings.len());
                 scope.set(Operand::Pool { layer, part }, value);
                 meanings.push(Operand::Pool { layer, part });
             }
+        }
+        if self.assembler.in_loops {
+            self.number_layers(func, scope);
         }
         meanings
     }
@@ -358,18 +394,17 @@ impl Parts<'_> {
         scope.set(Operand::Positions, packed.get(Field::Positions, TOKENS));
     }
 
-    /// Makes the context of each kind of layers; its types are those that the backend has promised to the model.
-    fn call_contexts<'f>(&self, func: &'f Func<'f>, scope: &mut Scope<'f>) -> Result<(), LinkError> {
-        for (kind, (unit, (_, answer))) in self.attention.iter().zip(self.answers).enumerate() {
-            scope.call(func, *unit, "context")?;
-            for (part, promised) in answer.context.iter().enumerate() {
-                let found = scope.require(Operand::Context { kind, part }, *unit, "context")?.shape().tensor_type();
-                if found != *promised {
-                    return Err(LinkError::Malformed {
-                        plugin: unit.plugin.to_owned(),
-                        message: format!("part {part} of its context is {found}, and it promised {promised}"),
-                    });
-                }
+    /// Makes the context of a kind of layers; its types are those that the backend has promised to the model.
+    pub fn call_context<'f>(&self, func: &'f Func<'f>, scope: &mut Scope<'f>, kind: usize) -> Result<(), LinkError> {
+        let (unit, (_, answer)) = (self.attention[kind], &self.answers[kind]);
+        scope.call(func, unit, "context")?;
+        for (part, promised) in answer.context.iter().enumerate() {
+            let found = scope.require(Operand::Context { kind, part }, unit, "context")?.shape().tensor_type();
+            if found != *promised {
+                return Err(LinkError::Malformed {
+                    plugin: unit.plugin.to_owned(),
+                    message: format!("part {part} of its context is {found}, and it promised {promised}"),
+                });
             }
         }
         Ok(())

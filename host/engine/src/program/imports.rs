@@ -15,8 +15,12 @@ use torus_abi::{
 use torus_hlo::{Axis, Builder, Dot, Group, Shape};
 use torus_plugins::{LinkError, link::Implementation};
 
-use super::native::{self, Native};
+use super::{
+    native::{self, Native},
+    weights::STACKED,
+};
 
+const LAYERS: Axis = Axis("layers");
 const ROWS: Axis = Axis("rows");
 const IN: Axis = Axis("in");
 const OUT: Axis = Axis("out");
@@ -44,6 +48,7 @@ pub(crate) fn implement(
             let sums = *role == LinearRole::Row && parallel.tensor > 1;
             let linear = Linear {
                 weight_parts: weight.parts,
+                stacked: weight.storage.starts_with(STACKED),
                 bias: bias.is_some(),
                 residual: *residual,
                 result: *result,
@@ -88,6 +93,8 @@ fn embed_shared(import: &Import, parallel: Parallel, result: DType) -> Result<Im
 struct Linear {
     /// Of which the first is the matrix.
     weight_parts: usize,
+    /// The first part is `[layers, out, in]`, the second the matrix's number in it.
+    stacked: bool,
     bias: bool,
     residual: bool,
     result: DType,
@@ -105,9 +112,12 @@ impl Linear {
         functions(import, |builder| {
             builder.define(&import.symbol, |f| {
                 let x = f.argument(named(&types[0], &[ROWS, IN]));
-                let weight = f.argument(named(&types[1], &[OUT, IN]));
-                for part in &types[2..1 + self.weight_parts] {
-                    f.argument(Shape::opaque(part));
+                let axes = [LAYERS, OUT, IN];
+                let mut weight = f.argument(named(&types[1], if self.stacked { &axes } else { &axes[1..] }));
+                let parts = types[2..1 + self.weight_parts].iter().map(|part| f.argument(Shape::opaque(part)));
+                let parts: Vec<_> = parts.collect();
+                if let (true, Some(number)) = (self.stacked, parts.first()) {
+                    weight = weight.dynamic_slice(&[(LAYERS, *number, 1)]).squeeze(LAYERS);
                 }
                 // Weights kept wider than the activations are multiplied as they are.
                 let x = if weight.dtype() == DType::F32 { x.convert(DType::F32) } else { x };

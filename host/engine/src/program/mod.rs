@@ -3,6 +3,7 @@
 mod assemble;
 mod imports;
 mod layout;
+mod loops;
 mod native;
 mod rows;
 mod weights;

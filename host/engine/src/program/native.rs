@@ -13,6 +13,7 @@ use torus_plugins::{LinkError, link::Implementation};
 
 use super::{
     imports::functions,
+    loops,
     weights::{PACKED, PACKED_HALVES},
 };
 
@@ -20,6 +21,8 @@ use super::{
 pub(crate) struct Native<'a> {
     /// For each kind of layers, what the attention plugin was asked and answered.
     pub kinds: &'a [(AttentionQuery, AttentionAnswer)],
+    /// Where layers run in loops, the pages of one layer.
+    pub pages_in_loops: Option<u64>,
 }
 
 /// An import served by one call of a kernel, if there is one for it.
@@ -56,6 +59,9 @@ pub(crate) fn implement(import: &Import, native: &Native<'_>) -> Result<Option<I
             let has = [qkv_bias.is_some(), head_norms.is_some(), o_bias.is_some(), post_norm.is_some()];
             let block = Block { kind: *kind, has, pool_parts: *pool_parts, norm_eps: *norm_eps };
             let Some(call) = attention_block(import, native, &block) else { return Ok(None) };
+            if let Some(pages) = native.pages_in_loops {
+                return block_in_pool(import, call, &block, &native.kinds[block.kind], pages).map(Some);
+            }
             call
         }
         _ => return Ok(None),
@@ -124,14 +130,45 @@ fn attention_block(import: &Import, native: &Native<'_>, block: &Block) -> Optio
         call = call.with("soft_cap", Attribute::F32(cap));
     }
     call = with_flags(call, &[("head_norms", head_norms), ("o_bias", o_bias), ("post_norm", post_norm)]);
-    // x, norm, QKV (three parts), bias?, output (three parts), cos, sin, norms of queries' and keys' heads?, bias and norm
-    // of the output?, then the pool.
-    let beside = [bias, head_norms, head_norms, o_bias, post_norm];
-    let pool = 10 + beside.into_iter().map(usize::from).sum::<usize>();
-    for part in 0..block.pool_parts {
-        call = call.alias(1 + part, pool + part);
+    for part in 0..answer.pool.len() {
+        call = call.alias(1 + part, block.first_pool_part() + part);
     }
     Some(call)
+}
+
+impl Block {
+    /// The argument that is the first part of the pool: x, norm, QKV (three parts), bias?, output (three parts), cos, sin,
+    /// norms of queries' and keys' heads?, bias and norm of the output? come before it.
+    fn first_pool_part(&self) -> usize {
+        let [bias, head_norms, o_bias, post_norm] = self.has;
+        let beside = [bias, head_norms, head_norms, o_bias, post_norm];
+        10 + beside.into_iter().map(usize::from).sum::<usize>()
+    }
+}
+
+/// The block of a layer whose pool is that of all layers: the pool's last part is the layer's number, the context are the
+/// step's inputs.
+fn block_in_pool(
+    import: &Import,
+    mut call: CustomCall,
+    block: &Block,
+    (query, answer): &(AttentionQuery, AttentionAnswer),
+    pages: u64,
+) -> Result<Implementation, LinkError> {
+    let number = block.first_pool_part() + block.pool_parts - 1;
+    call.results.truncate(1 + answer.pool.len());
+    functions(import, |builder| {
+        builder.define(&import.symbol, |f| {
+            let arguments: Vec<_> = import.arguments.iter().map(|tensor| f.argument(Shape::opaque(tensor))).collect();
+            let (before, rest) = arguments.split_at(number);
+            let inputs = answer.inputs.iter().zip(&rest[1..]);
+            let inputs = inputs.map(|(input, value)| loops::of_layer(*input, *value, rest[0], pages, &query.shape));
+            let operands: Vec<_> = before.iter().copied().chain(inputs).collect();
+            let mut results = f.custom_call(&call, &operands);
+            results.push(rest[0]);
+            results
+        });
+    })
 }
 
 #[cfg(test)]

@@ -177,6 +177,7 @@ fn a_request_that_does_not_fit_the_model_is_refused_and_weights_have_their_liste
         weights: BTreeMap::from([("norm".to_owned(), handle)]),
         state: Vec::new(),
         imports: Default::default(),
+        loops: None,
     };
     let weights = ModelWeights::new(&request, specs(), 0).unwrap();
     assert_eq!(

@@ -121,6 +121,7 @@ impl Assembler<'_> {
                 weights: handles.collect(),
                 state,
                 imports: HostImports { block_norms: true },
+                loops: None,
             };
             checked(self.description, &request, self.model.emit(&request)?.fragment)
         };

@@ -74,6 +74,7 @@ fn request(description: &ModelDescription, part: ModelPart, dtype: DType, storag
         weights: description.weights.iter().map(|spec| (spec.name.clone(), handle(spec))).collect(),
         state: vec![state; description.kinds.len()],
         imports,
+        loops: None,
     }
 }
 

@@ -35,6 +35,7 @@ fn request(model: &Gemma, part: ModelPart) -> EmitModel {
         weights: description.weights.iter().map(|spec| (spec.name.clone(), handle(&spec.shape))).collect(),
         state: vec![state; description.kinds.len()],
         imports: Default::default(),
+        loops: None,
     }
 }
 

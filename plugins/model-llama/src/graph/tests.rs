@@ -4,7 +4,7 @@ use torus_abi::{
     TensorType,
     author::Model,
     fragment::{Operation, WeightHandle},
-    model::ModelOptions,
+    model::{ModelOptions, StateHandle},
 };
 
 use super::*;
@@ -34,6 +34,7 @@ fn request(model: &Llama, part: ModelPart) -> EmitModel {
         weights: model.describe().weights.iter().map(|spec| (spec.name.clone(), handle(&spec.shape))).collect(),
         state: vec![StateHandle { pool: vec![pool.clone(), pool], context: vec![TensorType::new(DType::I32, [8])] }],
         imports: Default::default(),
+        loops: None,
     }
 }
 

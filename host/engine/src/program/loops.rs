@@ -1,0 +1,140 @@
+//! Layers in loops: what differs in a program whose layers are not calls one after the other.
+//!
+//! The weights of layers lie in stacks ([`super::WeightMap`]), and the KV of all layers of a kind in one pool: layer number
+//! `n` of the kind has the pages from `n * pages` on, of which the first is its trash page. A pool that was cut into layers
+//! would be copied in each of them. An attention plugin knows nothing of it: it is asked for a pool of so many pages, and its
+//! `context` is computed in each layer, from inputs that name that layer's pages.
+//!
+//! To the model, the layer's number is the last part of the pool, and the context are the inputs of the plugin's `context`.
+
+use std::collections::BTreeSet;
+
+use torus_abi::{
+    DType, TensorType,
+    attention::{AttentionAnswer, AttentionQuery},
+    fragment::{Fragment, Operand},
+    model::StateHandle,
+    step::{StepInput, StepShape},
+};
+use torus_hlo::{Func, Shape, Value};
+use torus_plugins::LinkError;
+
+use super::assemble::{AssembleError, Assembler, Parts, Scope};
+
+/// What a model is told of a kind's state.
+pub(super) fn state(query: &AttentionQuery, answer: &AttentionAnswer) -> StateHandle {
+    StateHandle {
+        pool: answer.pool.iter().cloned().chain([TensorType::scalar(DType::I32)]).collect(),
+        context: answer.inputs.iter().map(|input| input.tensor_type(&query.shape)).collect(),
+    }
+}
+
+/// The parts of each kind's pool that are the layer's own: its number.
+pub(super) fn own_pool_parts(answers: &[(AttentionQuery, AttentionAnswer)]) -> Vec<Vec<usize>> {
+    answers.iter().map(|(_, answer)| vec![answer.pool.len()]).collect()
+}
+
+/// A step's input for layer number `number`, which has `pages` pages.
+pub(super) fn of_layer<'f>(
+    input: StepInput,
+    value: Value<'f>,
+    number: Value<'f>,
+    pages: u64,
+    shape: &StepShape,
+) -> Value<'f> {
+    match input {
+        StepInput::PageTable => value + number * pages as i32,
+        StepInput::KvSlot => value + number * (pages * shape.page_size) as i32,
+        _ => value,
+    }
+}
+
+impl Assembler {
+    /// The layers that pools belong to, and their kinds: all, or the first of each kind.
+    pub(super) fn pool_owners(&self) -> Vec<(usize, usize)> {
+        let layers = self.description.layers.iter().copied().enumerate();
+        if !self.in_loops {
+            return layers.collect();
+        }
+        let mut seen = BTreeSet::new();
+        let mut owners: Vec<_> = layers.filter(|(_, kind)| seen.insert(*kind)).collect();
+        owners.sort_by_key(|(_, kind)| *kind);
+        owners
+    }
+
+    /// The shape of a step for the attention plugin, which has all layers' pages in one pool.
+    pub(super) fn pool_of_all_layers(&self, kind: usize, shape: StepShape) -> StepShape {
+        let layers = self.description.layers.iter().filter(|found| **found == kind).count();
+        StepShape { pages: shape.pages * layers.max(1) as u64, ..shape }
+    }
+
+    /// A plugin that knows of no loops asks for the pool of every layer.
+    pub(super) fn check_loops(&self, hidden: &Fragment) -> Result<(), AssembleError> {
+        let owners: Vec<_> = self.pool_owners().into_iter().map(|(layer, _)| layer).collect();
+        let results = hidden.exports.get("hidden").map_or(&[][..], |export| &export.results);
+        let is_strange = |result: &Operand| matches!(result, Operand::Pool { layer, .. } if !owners.contains(layer));
+        match results.iter().any(is_strange) {
+            true => Err(AssembleError::NoLoops(self.model.unit(hidden).plugin.to_owned())),
+            false => Ok(()),
+        }
+    }
+}
+
+impl Parts<'_> {
+    /// The pages of one layer, where layers run in loops.
+    pub(super) fn pages_in_loops(&self) -> Option<u64> {
+        self.assembler.in_loops.then_some(self.layout.shape.pages)
+    }
+
+    /// Sets the number of each layer within its kind: the last part of its pool.
+    pub(super) fn number_layers<'f>(&self, func: &'f Func<'f>, scope: &mut Scope<'f>) {
+        let mut counts = vec![0; self.answers.len()];
+        for (layer, kind) in self.assembler.description.layers.iter().enumerate() {
+            let part = self.answers[*kind].1.pool.len();
+            scope.set(Operand::Pool { layer, part }, func.scalar(DType::I32, counts[*kind]));
+            counts[*kind] += 1;
+        }
+    }
+
+    /// Sets the inputs of each kind's context as what the model passes on for it.
+    pub(super) fn pass_inputs(&self, scope: &mut Scope<'_>) {
+        for (kind, (_, answer)) in self.answers.iter().enumerate() {
+            for (part, input) in answer.inputs.iter().enumerate() {
+                if let Some(value) = scope.get(&Operand::Step(*input)) {
+                    scope.set(Operand::Context { kind, part }, value);
+                }
+            }
+        }
+    }
+
+    /// Attention of layers of a kind in the pool of all of them:
+    /// `(query, key, value, pool…, number, inputs…) -> (attended, pool…, number)`.
+    pub(super) fn attention_in_pool<'f>(&self, f: &'f Func<'f>, kind: usize) -> Result<Vec<Value<'f>>, LinkError> {
+        let (query, answer) = &self.answers[kind];
+        let (unit, shape, mut scope) = (self.attention[kind], &query.shape, Scope { known: Vec::new() });
+        let spec = &query.spec;
+        let heads = [(Operand::Query, spec.q_heads), (Operand::Key, spec.kv_heads), (Operand::Value, spec.kv_heads)];
+        for (meaning, heads) in heads {
+            let tensor = TensorType::new(query.dtype, [shape.tokens, heads, spec.head_dim]);
+            scope.set(meaning, f.argument(Shape::opaque(&tensor)));
+        }
+        let pool = |part| Operand::Pool { layer: 0, part };
+        for (part, tensor) in answer.pool.iter().enumerate() {
+            scope.set(pool(part), f.argument(Shape::opaque(tensor)));
+        }
+        let number = f.argument(Shape::scalar(DType::I32));
+        for input in &answer.inputs {
+            let value = f.argument(Shape::opaque(&input.tensor_type(shape)));
+            let value = of_layer(*input, value, number, self.layout.shape.pages, shape);
+            scope.set(Operand::Step(*input), value);
+        }
+        self.call_context(f, &mut scope, kind)?;
+        scope.call(f, unit, "attention")?;
+        let mut results = vec![scope.require(Operand::Attended, unit, "attention")?];
+        for part in 0..answer.pool.len() {
+            results.push(scope.require(pool(part), unit, "attention")?);
+        }
+        results.push(number);
+        Ok(results)
+    }
+}
