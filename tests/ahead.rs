@@ -6,6 +6,7 @@ use std::{
 };
 
 use serde_json::{Value, json};
+use torus_attention::{Generation, KvFormat, Layout, Shape, Spec, Tuning, Work, queue::Sequence};
 
 use crate::server::torus;
 
@@ -73,7 +74,8 @@ fn two_layers_of_each_family_compile_for_two_generations() {
     let folder = tempfile::tempdir().unwrap();
     // A step that only decodes compiles in a third of the time of one that also reads prompts.
     let decode = SMALL.replace("--steps 8,64", "--steps 8");
-    for name in ["llama-3.3-70b", "qwen2.5-7b", "qwen3-8b", "gemma-3-1b"] {
+    // Qwen3 is in the test below.
+    for name in ["llama-3.3-70b", "qwen2.5-7b", "gemma-3-1b"] {
         let model = two_layers(name, folder.path());
         for topology in ["v6e:1x1", "tpu7x:1x1x1"] {
             check_programs(&compile(&model, topology, folder.path(), &decode), 1);
@@ -88,6 +90,59 @@ fn a_step_of_each_kind_compiles_for_two_generations() {
     for topology in ["v6e:1x1", "tpu7x:1x1x1"] {
         check_programs(&compile(&model, topology, folder.path(), SMALL), 3);
     }
+}
+
+/// What the attention kernels of one layer move for Qwen3-8B's heads on one of four devices.
+fn kernel_bytes(sequences: usize, old: usize) -> u64 {
+    let spec = Spec {
+        q_heads: 8,
+        kv_heads: 2,
+        head_dim: 128,
+        kv: KvFormat::Bf16,
+        page_size: 128,
+        scale: 1.0,
+        window: None,
+        soft_cap: None,
+        sinks: false,
+        mask: false,
+        generation: Generation::V6e,
+    };
+    let pages = (old + 1).div_ceil(128);
+    let shape = Shape { tokens: sequences, seqs: sequences, pages: 2048, page_table: 65_536, draft: 1 };
+    let batch: Vec<_> = (0..sequences).map(|_| Sequence { new: 1, old, pages: (1..=pages).collect() }).collect();
+    let tuning = Tuning::new(&spec, &Layout::new(&spec).unwrap());
+    Work::of(&spec, &shape, &tuning, &batch).unwrap().hbm_bytes()
+}
+
+/// All layers and the whole vocabulary, for the one step that a busy server runs most.
+#[test]
+fn a_step_of_a_full_model_moves_little_more_than_it_must() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = shape("qwen3-8b");
+    let options = "--tp-size 4 --max-total-tokens 262144 --steps 256 --json";
+    let report = compile(model.to_str().unwrap(), "v6e:2x2", folder.path(), options);
+    check_programs(&report, 1);
+    let program = &report["programs"][0];
+    assert_eq!(
+        (report["attention_plugin"].as_str(), &program["custom_calls"]["tpu_custom_call"]),
+        (Some("fa"), &json!(36))
+    );
+    let (_, plan) = plan("qwen3-8b", "v6e:2x2", &["--tp-size", "4", "--batch-size", "256", "--context", "1024"]);
+    let number = |of: &Value, name: &str| of[name].as_f64().unwrap_or_else(|| panic!("{name}: {of}"));
+    let of_plan = |name: &str| number(&plan["cases"][0], name);
+    let floor = of_plan("weight_bytes") + of_plan("kv_read_bytes") + of_plan("kv_written_bytes");
+    let moved = number(program, "hbm_bytes_outside_kernels") + 36.0 * kernel_bytes(256, 1023) as f64;
+    assert!(moved >= floor && moved <= 1.1 * floor, "{moved} of {floor}: {program}");
+    // It fills the queue of pages, 1,024 a round: two rounds here.
+    assert_eq!(program["loops_of_unknown_length"], 1);
+    // Each layer's two sums and the embedding's; of the logits only the best of each device are gathered.
+    let collectives = &program["collectives"];
+    assert_eq!(collectives.as_object().unwrap().len(), 2, "{collectives}");
+    assert_eq!(
+        (&collectives["all-reduce"]["count"], &collectives["all-reduce"]["largest_bytes"]),
+        (&json!(73), &json!(256 * 4096 * 2))
+    );
+    assert!(number(&collectives["all-gather"], "largest_bytes") <= (256 * 4 * 4 * 4) as f64, "{collectives}");
 }
 
 #[test]

@@ -31,6 +31,10 @@ fn a_kernel_is_costed_without_a_tpu() {
         let share = number(&case["inner_loop"]["slot_use"], case["inner_loop"]["busiest"].as_str().unwrap());
         assert!(share > 0.0 && share <= 1.0, "{case}");
     }
+    // The loop waits for the pages, and little is added to what they take.
+    for (case, limit) in cases.iter().zip([1.12, 1.06, 1.02, 1.01]) {
+        assert!(number(case, "loop_of_floor") <= 0.85 && number(case, "modelled_of_floor") <= limit, "{case}");
+    }
     // Twice the tokens are about twice the groups of pages, and the loop is all that grows.
     let ratio = number(&cases[1], "loop_cycles") / number(&cases[0], "loop_cycles");
     assert!((1.9..2.1).contains(&ratio), "{ratio}");

@@ -177,7 +177,7 @@ impl MemoryConfig {
 
 #[derive(Clone, Debug)]
 pub struct ScheduleConfig {
-    /// Requests that run at once; `None` = 64 on CPU, 256 elsewhere, fewer if the pool is small.
+    /// Requests that run at once; `None` = 64 on CPU, 256 elsewhere, fewer where a TPU's page table would be too long.
     pub max_running_requests: Option<usize>,
     /// Tokens a step computes at most (`--chunked-prefill-size`); `None` = 512 on CPU, 2,048 elsewhere.
     pub chunked_prefill_size: Option<usize>,

@@ -26,6 +26,9 @@ const CACHED_CONTEXTS_PER_SLOT: u64 = 4;
 const GIB: u64 = 1 << 30;
 /// KV memory on a CPU unless told otherwise: at most this, and at most a quarter of what is left.
 const CPU_KV_BYTES_MAX: u64 = 4 * GIB;
+/// Entries of the page table that a TPU's kernels have room for: eight bytes each in 1 MiB of scalar memory, beside little
+/// else.
+const TPU_TABLE_ENTRIES: usize = 120_000;
 /// Share of the memory that is left which serves KV off the CPU unless told otherwise.
 const DEVICE_FRACTION: f64 = 0.88;
 
@@ -47,18 +50,22 @@ pub(crate) fn plan(config: &EngineConfig, description: &ModelDescription) -> Res
         return Err(config_error("--context-length", message));
     }
     let token_budget = config.schedule.chunked_prefill_size.unwrap_or(if on_cpu { 512 } else { 2048 });
-    let max_running = config.schedule.max_running_requests.unwrap_or(if on_cpu { 64 } else { 256 });
+    let pages_per_slot = context_length.div_ceil(page_size);
+    let default_running = default_running(config.device.platform(), pages_per_slot);
+    let max_running = config.schedule.max_running_requests.unwrap_or(default_running);
     if max_running == 0 || token_budget < 1 {
         return Err(config_error("--max-running-requests", "must be at least 1".into()));
     }
-    Ok(Plan {
-        page_size: page_size as u64,
-        pages: 2,
-        max_running,
-        token_budget,
-        context_length,
-        pages_per_slot: context_length.div_ceil(page_size),
-    })
+    Ok(Plan { page_size: page_size as u64, pages: 2, max_running, token_budget, context_length, pages_per_slot })
+}
+
+/// Requests that run at once unless told otherwise.
+fn default_running(platform: Platform, pages_per_slot: usize) -> usize {
+    match platform {
+        Platform::Cpu => 64,
+        Platform::Tpu => (TPU_TABLE_ENTRIES / pages_per_slot.max(1)).clamp(1, 256),
+        Platform::Cuda => 256,
+    }
 }
 
 impl Plan {
@@ -156,6 +163,14 @@ mod tests {
         assert_eq!(plan(1).buckets(), [1]);
         assert_eq!(plan(8).buckets(), [1, 2, 4, 8]);
         assert_eq!(plan(12).buckets(), [1, 2, 4, 8, 12]);
+    }
+
+    #[test]
+    fn long_contexts_leave_a_tpu_fewer_requests() {
+        // Contexts of 40,960 tokens, as Qwen3 has them, and of 131,072 in pages of 128.
+        let found = [320, 1024].map(|pages| default_running(Platform::Tpu, pages));
+        assert_eq!((found, default_running(Platform::Cpu, 8192)), ([256, 117], 64));
+        assert_eq!(default_running(Platform::Tpu, 1 << 20), 1);
     }
 
     #[test]

@@ -183,7 +183,12 @@ impl Registry {
                     }
                 }
                 Err(reason) => {
-                    tracing::info!(backend = plugin.name(), reason, "attention backend refuses");
+                    // Elsewhere than on a CPU the slower one is no choice that anybody would make unawares.
+                    if queries.iter().all(|query| query.target.platform == "cpu") {
+                        tracing::info!(backend = plugin.name(), reason, "attention backend refuses");
+                    } else {
+                        tracing::warn!(backend = plugin.name(), reason, "attention backend refuses");
+                    }
                     reasons.push(format!("{}: {reason}", plugin.name()));
                 }
             }

@@ -113,7 +113,8 @@ pub struct ScheduleArgs {
     /// Tokens whose KV is kept at most [default: as memory allows]
     #[arg(long, value_name = "TOKENS", value_parser = positive)]
     pub max_total_tokens: Option<usize>,
-    /// Requests that run at once at most [default: 64 on a CPU, else 256]
+    /// Requests that run at once at most [default: 64 on a CPU, else 256; on a TPU fewer where contexts are longer than
+    /// 59904 tokens, so that its kernels have room for their page table]
     #[arg(long, value_name = "N", value_parser = positive)]
     pub max_running_requests: Option<usize>,
     /// Requests that wait at most; more are answered with status 429

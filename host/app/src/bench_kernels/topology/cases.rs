@@ -100,10 +100,15 @@ impl Case {
     pub fn reasons(&self, batch: &Batch) -> Vec<&'static str> {
         let Spec { head_dim, kv, generation, .. } = self.spec;
         let prefills = batch.sequences.iter().any(|sequence| sequence.new > self.shape.draft);
+        let decodes = batch.sequences.iter().any(|sequence| sequence.new <= self.shape.draft);
         let wide = generation != Generation::V5e;
         let reasons = [
             (head_dim == 64, "a key or a value of 64 takes 128 lanes of a product"),
             (kv != KvFormat::Bf16, "8 bits are half of the bytes for the same products, and are widened before them"),
+            (
+                decodes && prefills,
+                "decode waits for bytes and the chunk for products, one after the other; the floor is the longer of both sums",
+            ),
             (
                 generation == Generation::Tpu7x && !prefills,
                 "a core has 2.25 times the bandwidth of a v6e for the same products",
@@ -112,7 +117,7 @@ impl Case {
                 prefills && wide && head_dim < 256,
                 "heads of less than 256 leave a part of each matrix unit idle, which the floor counts",
             ),
-            (prefills, "blocks at an edge are multiplied whole though they are seen in part"),
+            (prefills, "a block at an edge is multiplied in quarters, of which a part is seen"),
         ];
         reasons.into_iter().filter_map(|(holds, reason)| holds.then_some(reason)).collect()
     }
