@@ -3,7 +3,7 @@
 //! A packed group is what the unit wants: a row of 64 bytes for each pair of columns, with 16 lanes of pairs. So weights
 //! are loaded as they lie, and activations too, whose columns are whole blocks of 32.
 
-use super::Job;
+use super::{Job, Panel};
 use crate::tiles::{self, ROW_BYTES, ROWS, Shapes};
 
 /// Columns that one product of tiles multiplies.
@@ -14,21 +14,6 @@ const FEWEST_ROWS: usize = 4;
 /// Whether the matrix unit takes so many rows and columns.
 pub(super) fn takes(rows: usize, columns: usize) -> bool {
     rows >= FEWEST_ROWS && columns.is_multiple_of(COLUMNS)
-}
-
-/// Where the operands of some groups are, whose strides are in bytes, that of the output in elements.
-#[derive(Clone, Copy)]
-struct Panel {
-    x: *const u8,
-    x_stride: usize,
-    w: *const u8,
-    w_stride: usize,
-    /// Products along the columns.
-    steps: usize,
-    out: *mut f32,
-    out_stride: usize,
-    /// Rows of the first tile; the second begins there.
-    first: usize,
 }
 
 impl Job<'_, '_> {
@@ -63,13 +48,12 @@ impl Job<'_, '_> {
                         steps: columns / COLUMNS,
                         out: out.add(group * 16),
                         out_stride,
-                        first,
                     };
                     match (tiles, groups - group) {
-                        (1, 1) => panel.run::<1, 1>(),
-                        (1, _) => panel.run::<1, 2>(),
-                        (_, 1) => panel.run::<2, 1>(),
-                        _ => panel.run::<2, 2>(),
+                        (1, 1) => panel.run_amx::<1, 1>(first),
+                        (1, _) => panel.run_amx::<1, 2>(first),
+                        (_, 1) => panel.run_amx::<2, 1>(first),
+                        _ => panel.run_amx::<2, 2>(first),
                     }
                 }
             });
@@ -78,13 +62,14 @@ impl Job<'_, '_> {
 }
 
 impl Panel {
-    /// Registers 0 to 3 are sums (of the first rows with both groups, then of the others), 4 and 5 rows, 6 and 7 groups.
+    /// A step here is a product of tiles: of 64 bytes of rows, the second of whose tiles begins at row `first`, with 16 rows of
+    /// a group. Registers 0 to 3 are sums (of the first rows with both groups, then of the others), 4 and 5 rows, 6 and 7 groups.
     ///
     /// # Safety
     /// The registers are configured for the rows; `T` tiles of them and `G` groups are there.
     #[inline(always)]
-    unsafe fn run<const T: usize, const G: usize>(self) {
-        let Self { x_stride, w_stride, out_stride, .. } = self;
+    unsafe fn run_amx<const T: usize, const G: usize>(&self, first: usize) {
+        let Self { x_stride, w_stride, out_stride, .. } = *self;
         // SAFETY: as the caller says; each step reads 64 bytes of a row, and 16 rows of a group.
         unsafe {
             tiles::zero::<0>();
@@ -104,7 +89,7 @@ impl Panel {
                     tiles::add_bf16::<1, 4, 7>();
                 }
                 if T == 2 {
-                    tiles::load::<5>(x.add(self.first * x_stride), x_stride);
+                    tiles::load::<5>(x.add(first * x_stride), x_stride);
                     tiles::add_bf16::<2, 5, 6>();
                     if G == 2 {
                         tiles::add_bf16::<3, 5, 7>();
@@ -112,7 +97,7 @@ impl Panel {
                 }
             }
             let stride = out_stride * size_of::<f32>();
-            let (out, second) = (self.out, self.out.wrapping_add(self.first * out_stride));
+            let (out, second) = (self.out, self.out.wrapping_add(first * out_stride));
             tiles::store::<0>(out.cast(), stride);
             if G == 2 {
                 tiles::store::<1>(out.add(16).cast(), stride);
