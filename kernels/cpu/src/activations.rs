@@ -28,6 +28,8 @@ pub struct Forms {
     pub f32: bool,
     pub bf16: bool,
     pub quantized: bool,
+    /// Quantized so that neighbours' magnitudes add up to 128 at most: see `linear::quantized::avx2`.
+    pub pairs: bool,
 }
 
 impl Forms {
@@ -36,7 +38,10 @@ impl Forms {
         let mut forms = Self::default();
         for segment in matrix.segments() {
             match segment.format {
-                format if format.is_quantized() => forms.quantized = true,
+                format if format.is_quantized() => {
+                    forms.quantized = true;
+                    forms.pairs |= format == Format::Q8 && level == Level::Avx2;
+                }
                 Format::Bf16 if level >= Level::Avx512 => forms.bf16 = true,
                 _ => forms.f32 = true,
             }
@@ -76,7 +81,7 @@ impl Prepared {
             stride,
             f32: Buffer::take(len(forms.f32)),
             bf16: Buffer::take(len(forms.bf16)),
-            quantized: QuantizedRows::new(quantized.0, quantized.1),
+            quantized: QuantizedRows::new(quantized.0, quantized.1, forms.pairs),
         }
     }
 

@@ -3,15 +3,18 @@
 use crate::{level::Level, packed::BLOCK, workspace::Buffer};
 
 /// What a block's elements add up to, times the offsets of weights, negative: of all of them times 128, times 8 and times
-/// 16; of the first half times 32, of the second half times 32. A product of integers begins with it. AVX2 adds up in
-/// 16 bits: there each is two numbers, of the elements whose columns are 0 or 1 modulo 4 in the lower half of the word,
-/// of the others in the upper; and the first, which would not fit, is nothing.
+/// 16; of the first half times 32, of the second half times 32. A product of integers begins with it. But for the first,
+/// AVX2 adds up in 16 bits: there each is two numbers, of the elements whose columns are 0 or 1 modulo 4 in the lower
+/// half of the word, of the others in the upper.
 pub(crate) const SUMS: usize = 5;
 
-/// Rows in blocks of [`BLOCK`]: `x = scale * element`, elements from -127 to 127.
+/// Rows in blocks of [`BLOCK`]: `x = scale * element`, elements from -127 to 127. The scale is the least that keeps them
+/// there; or, in *pairs*, that keeps the magnitudes of two neighbours (columns 0 and 1, 2 and 3, …) at 128 together: where
+/// one value outweighs its block, as precise, and 1.4 times as coarse where all are of one kind.
 #[derive(Default)]
 pub struct QuantizedRows {
     blocks: usize,
+    pairs: bool,
     /// `[rows, blocks, BLOCK]`
     elements: Buffer<i8>,
     /// `[rows, blocks]`
@@ -23,10 +26,11 @@ pub struct QuantizedRows {
 }
 
 impl QuantizedRows {
-    pub fn new(rows: usize, columns: usize) -> Self {
+    pub fn new(rows: usize, columns: usize, pairs: bool) -> Self {
         let blocks = columns / BLOCK;
         Self {
             blocks,
+            pairs,
             elements: Buffer::take(rows * blocks * BLOCK),
             scales: Buffer::take(rows * blocks),
             scaled_sums: Buffer::take(rows * blocks),
@@ -81,7 +85,10 @@ impl QuantizedRows {
             Level::Avx512 | Level::Amx => unsafe { quantize_avx512(values, &mut blocks) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
-            Level::Avx2 => unsafe { quantize_avx2(values, &mut blocks) },
+            Level::Avx2 if self.pairs => unsafe { quantize_avx2::<true>(values, &mut blocks) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            Level::Avx2 => unsafe { quantize_avx2::<false>(values, &mut blocks) },
             _ => quantize(values, &mut blocks),
         }
     }
@@ -105,7 +112,7 @@ impl Blocks<'_> {
         self.offset_sums[block] = [-128 * sum, -8 * sum, -16 * sum, -32 * sums[0], -32 * sums[1]];
     }
 
-    /// As [`Self::note`], with two sums of 16 bits in each word, and for sums of 16 bits.
+    /// As [`Self::note`], with two sums of 16 bits in each word.
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     fn note_pairs(&mut self, block: usize, scale: f32, pairs: [i32; 2]) {
@@ -115,9 +122,11 @@ impl Blocks<'_> {
             let [low, high] = sums.map(|sum| i32::from(factor * sum));
             high << 16 | low & 0xffff
         };
+        let sum = both[0] + both[1];
         self.scales[block] = scale;
-        self.scaled_sums[block] = scale * f32::from(both[0] + both[1]);
-        self.offset_sums[block] = [0, times(-8, both), times(-16, both), times(-32, first), times(-32, second)];
+        self.scaled_sums[block] = scale * f32::from(sum);
+        self.offset_sums[block] =
+            [-128 * i32::from(sum), times(-8, both), times(-16, both), times(-32, first), times(-32, second)];
     }
 }
 
@@ -127,14 +136,22 @@ const SMALLEST: f32 = 127.0 / f32::MAX;
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-fn quantize_avx2(values: &[[f32; BLOCK]], blocks: &mut Blocks<'_>) {
+fn quantize_avx2<const PAIRS: bool>(values: &[[f32; BLOCK]], blocks: &mut Blocks<'_>) {
     use std::arch::x86_64::*;
     let magnitude = _mm256_set1_epi32(i32::MAX);
+    // Half of the sum of neighbours, which is finite if they are.
+    let half = _mm256_set1_ps(0.5);
+    let means = |magnitudes: __m256i| {
+        let values = _mm256_mul_ps(_mm256_castsi256_ps(magnitudes), half);
+        _mm256_castps_si256(_mm256_add_ps(values, _mm256_permute_ps::<0b10_11_00_01>(values)))
+    };
+    let most = if PAIRS { 63.5 } else { 127.0 };
     for (block, values) in values.iter().enumerate() {
         // SAFETY: all four are in the block.
         let quarters: [__m256; 4] = std::array::from_fn(|i| unsafe { _mm256_loadu_ps(values.as_ptr().add(i * 8)) });
         // As integers, magnitudes have the same order, and what is not finite is above all others.
-        let [a, b, c, d] = quarters.map(|values| _mm256_and_si256(_mm256_castps_si256(values), magnitude));
+        let magnitudes = quarters.map(|values| _mm256_and_si256(_mm256_castps_si256(values), magnitude));
+        let [a, b, c, d] = if PAIRS { magnitudes.map(means) } else { magnitudes };
         let eight = _mm256_max_epu32(_mm256_max_epu32(a, b), _mm256_max_epu32(c, d));
         let four = _mm_max_epu32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256::<1>(eight));
         let two = _mm_max_epu32(four, _mm_unpackhi_epi64(four, four));
@@ -144,7 +161,7 @@ fn quantize_avx2(values: &[[f32; BLOCK]], blocks: &mut Blocks<'_>) {
             blocks.note(block, f32::NAN, [0; 2]);
             continue;
         }
-        let inverse = _mm256_set1_ps(if largest > SMALLEST { 127.0 / largest } else { 0.0 });
+        let inverse = _mm256_set1_ps(if largest > SMALLEST { most / largest } else { 0.0 });
         let [a, b, c, d] = quarters.map(|values| _mm256_cvtps_epi32(_mm256_mul_ps(values, inverse)));
         let mixed = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
         let elements = _mm256_permutevar8x32_epi32(mixed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
@@ -155,7 +172,7 @@ fn quantize_avx2(values: &[[f32; BLOCK]], blocks: &mut Blocks<'_>) {
         let twos = _mm256_add_epi16(pairs, _mm256_srli_si256::<8>(pairs));
         let sums = _mm256_add_epi16(twos, _mm256_srli_si256::<4>(twos));
         let halves = [_mm256_castsi256_si128(sums), _mm256_extracti128_si256::<1>(sums)];
-        blocks.note_pairs(block, largest / 127.0, halves.map(|sums| _mm_cvtsi128_si32(sums)));
+        blocks.note_pairs(block, largest / most, halves.map(|sums| _mm_cvtsi128_si32(sums)));
     }
 }
 
@@ -232,8 +249,8 @@ mod tests {
     #[test]
     fn values_are_off_by_half_a_step_at_most() {
         let rng = &mut ChaCha8Rng::seed_from_u64(5);
-        for level in Level::available() {
-            let rows = QuantizedRows::new(2, 96);
+        for (level, pairs) in Level::available().flat_map(|level| [(level, false), (level, true)]) {
+            let rows = QuantizedRows::new(2, 96, pairs);
             let values: Vec<f32> = (0..96).map(|k| rng.random_range(-3.0..3.0f32) * (k / 32) as f32).collect();
             // SAFETY: there is one thread.
             unsafe { rows.put(level, 1, 0, &values) };
@@ -241,6 +258,9 @@ mod tests {
                 let (element, scale) = (rows.elements()[96 + k], rows.scales()[3 + k / 32]);
                 assert!((f32::from(element) * scale - value).abs() <= scale * 0.5001, "{level} {k}");
             }
+            let neighbours = |[a, b]: &[i8; 2]| a.unsigned_abs() + b.unsigned_abs();
+            let most = rows.elements()[96..].as_chunks().0.iter().map(neighbours).max().unwrap_or_default();
+            assert_eq!(pairs && level == Level::Avx2, most <= 128, "{level} {most}");
             for block in 3..6 {
                 let sum = |part: std::ops::Range<usize>| -> i32 {
                     rows.elements()[block * 32..][part].iter().map(|e| i32::from(*e)).sum()
@@ -250,13 +270,17 @@ mod tests {
                 let found = &rows.offset_sums()[block * SUMS..][..SUMS];
                 match level {
                     Level::Avx2 => {
-                        let words = found.iter().map(|word| i32::from(*word as i16) + (word >> 16));
-                        assert_eq!(words.collect::<Vec<_>>()[1..], expected[1..]);
+                        let words = found[1..].iter().map(|word| i32::from(*word as i16) + (word >> 16));
+                        assert_eq!(words.collect::<Vec<_>>(), expected[1..]);
+                        assert_eq!(found[0], expected[0]);
                     }
                     _ => assert_eq!(found, expected),
                 }
                 assert_eq!(rows.scaled_sums()[block], rows.scales()[block] * sum(0..32) as f32);
             }
+            // SAFETY: as above.
+            unsafe { rows.put(level, 0, 2, &[f32::MAX; 32]) };
+            assert!(rows.scales()[2].is_finite(), "{level}");
             for odd in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
                 // SAFETY: as above.
                 unsafe { rows.put(level, 0, 1, &[&values[..31], &[odd]].concat()) };
