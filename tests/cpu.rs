@@ -60,11 +60,15 @@ fn text() -> Vec<u32> {
     tokens
 }
 
+/// Dtypes of activations and of the cache, and whether weights that are stored as floats become bytes.
+type Case = (DtypeChoice, KvCacheDtype, bool);
+
 /// The sum of the logprobs of all tokens but the first.
-fn log_likelihood(model: &ResolvedModel, text: &[u32], dtype: DtypeChoice, kv_cache_dtype: KvCacheDtype) -> f64 {
+fn log_likelihood(model: &ResolvedModel, text: &[u32], (dtype, kv_cache_dtype, quantize_int8): Case) -> f64 {
     let mut config = config(model.clone());
     config.dtype = dtype;
     config.kv_cache_dtype = kv_cache_dtype;
+    config.quantize_int8 = quantize_int8;
     config.schedule.chunked_prefill_size = Some(128);
     let engine = ready(config);
     assert_eq!(engine.info().unwrap().attention_backend, "fa");
@@ -79,23 +83,23 @@ fn log_likelihood(model: &ResolvedModel, text: &[u32], dtype: DtypeChoice, kv_ca
 /// How far the likelihood may be off that of the same weights in float32.
 const TOLERANCE: f64 = 5e-3;
 
-fn assert_likelihoods(model: &ResolvedModel, cases: &[(DtypeChoice, KvCacheDtype)]) {
+fn assert_likelihoods(model: &ResolvedModel, cases: &[Case]) {
     let text = text();
-    let exact = log_likelihood(model, &text, DtypeChoice::Float32, KvCacheDtype::Auto);
+    let exact = log_likelihood(model, &text, (DtypeChoice::Float32, KvCacheDtype::Auto, false));
     assert!(exact < -500.0, "{exact}");
-    for (dtype, kv_cache_dtype) in cases.iter().copied() {
-        let found = log_likelihood(model, &text, dtype, kv_cache_dtype);
+    for case in cases {
+        let found = log_likelihood(model, &text, *case);
         let off = (found - exact).abs() / exact.abs();
-        assert!(off < TOLERANCE, "{dtype:?} with a cache of {kv_cache_dtype:?}: {found}, and {exact} in float32");
+        assert!(off < TOLERANCE, "{case:?}: {found}, and {exact} in float32");
     }
 }
 
 #[test]
 fn quantized_weights_and_caches_keep_the_likelihood_of_a_text() {
     let cases = [
-        (DtypeChoice::Auto, KvCacheDtype::Auto),
-        (DtypeChoice::Bfloat16, KvCacheDtype::Int8),
-        (DtypeChoice::Float32, KvCacheDtype::Int8),
+        (DtypeChoice::Auto, KvCacheDtype::Auto, false),
+        (DtypeChoice::Bfloat16, KvCacheDtype::Int8, false),
+        (DtypeChoice::Float32, KvCacheDtype::Int8, false),
     ];
     assert_likelihoods(&ResolvedModel::Gguf(smollm2()), &cases);
 }
@@ -152,10 +156,11 @@ fn in_bfloat16() -> tempfile::TempDir {
 }
 
 #[test]
-fn bfloat16_weights_keep_the_likelihood_of_a_text() {
+fn bfloat16_weights_and_those_in_bytes_keep_the_likelihood_of_a_text() {
     let folder = in_bfloat16();
     let model = ResolvedModel::Folder(folder.path().to_owned());
-    assert_likelihoods(&model, &[(DtypeChoice::Bfloat16, KvCacheDtype::Auto)]);
+    let cases = [false, true].map(|bytes| (DtypeChoice::Bfloat16, KvCacheDtype::Auto, bytes));
+    assert_likelihoods(&model, &cases);
 }
 
 /// An engine over a copy of the small model that keeps its packed weights in `folder`.
