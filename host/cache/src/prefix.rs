@@ -127,14 +127,21 @@ impl PrefixCache {
 
     /// Lends `count` pages, evicting as many as are missing; `None` if there are not enough.
     pub fn allocate(&mut self, count: usize) -> Option<Vec<PageId>> {
+        let mut pages = Vec::with_capacity(count.min(self.total));
+        self.allocate_onto(count, &mut pages).then_some(pages)
+    }
+
+    /// As [`PrefixCache::allocate`], behind the pages that a sequence has already. False if there are not enough.
+    pub fn allocate_onto(&mut self, count: usize, pages: &mut Vec<PageId>) -> bool {
         if self.available() < count {
-            return None;
+            return false;
         }
         while self.free.len() < count {
-            let evicted = self.tree.evict(count - self.free.len())?;
+            let Some(evicted) = self.tree.evict(count - self.free.len()) else { return false };
             self.free.extend(evicted);
         }
-        Some(self.free.split_off(self.free.len() - count))
+        pages.extend(self.free.drain(self.free.len() - count..));
+        true
     }
 
     /// Takes lent pages back.

@@ -1,11 +1,10 @@
 //! Letting waiting requests in.
 
-use std::cmp::Reverse;
-
 use crate::{
     RequestId, SlotId,
     policy::{LOOKAHEAD, order},
     scheduler::{Plan, Scheduler},
+    sequences::SequenceKey,
 };
 
 /// Running sequences reserve pages for this share of the tokens they may still generate, since most end earlier. The
@@ -46,24 +45,25 @@ impl Scheduler {
             if self.free_slots.is_empty() || !plan.has_room() {
                 break;
             }
-            if !self.try_admit(id) {
+            let Some(key) = self.sequences.key(id).filter(|key| self.try_admit(*key)) else {
                 break;
-            }
+            };
             self.note_overtaken(id);
-            if !self.add_chunk(plan, id) {
+            if !self.add_chunk(plan, key) {
                 break;
             }
         }
     }
 
     /// Gives a request its slot and the pages of its cached prefix, unless memory is short.
-    fn try_admit(&mut self, id: RequestId) -> bool {
+    fn try_admit(&mut self, key: SequenceKey) -> bool {
         // With nothing else to run it is let in all the same; what it misses is taken from those that may not run.
-        let others_run = self.running.iter().any(|id| self.is_eligible(*id));
+        let others_run = self.running.iter().any(|key| self.is_eligible(self.sequences[*key].request.id));
+        let Some(sequence) = self.sequences.at(key) else { return false };
+        let id = sequence.request.id;
         if others_run && self.is_still_refused(id) {
             return false;
         }
-        let Some(sequence) = self.sequences.get(&id) else { return false };
         let known = sequence.tokens(0, sequence.known());
         // At least one token is left to compute: its logits are needed.
         let limit = sequence.request.reuse_max_tokens.min(known.len() - 1);
@@ -73,14 +73,14 @@ impl Scheduler {
         self.cache.lock(found.node);
         let cached = found.pages.len() * self.config.page_size;
         let wanted = self.reserve(known.len() - cached, new_tokens);
-        let promised: usize = self.running.iter().map(|id| self.still_to_come(*id)).sum();
+        let promised: usize = self.running.iter().map(|key| self.still_to_come(*key)).sum();
         if others_run && wanted + promised > self.cache.available() {
             self.cache.unlock(found.node);
             self.refused = Some(Refused { id, available: self.cache.available(), running: self.running.len() });
             return false;
         }
         self.refused = None;
-        let (Some(slot), Some(sequence)) = (self.free_slots.pop(), self.sequences.get_mut(&id)) else { return false };
+        let (Some(slot), Some(sequence)) = (self.free_slots.pop(), self.sequences.at_mut(key)) else { return false };
         if !std::mem::replace(&mut sequence.counted, true) {
             self.counters.prompt_tokens += known.len() as u64;
             self.counters.cached_tokens += cached as u64;
@@ -92,7 +92,7 @@ impl Scheduler {
         sequence.scheduled = cached;
         sequence.computed = cached;
         sequence.admitted = Some(cached);
-        self.running.push(id);
+        self.running.push(key);
         true
     }
 
@@ -111,8 +111,8 @@ impl Scheduler {
         (to_compute + generated as usize).div_ceil(self.config.page_size)
     }
 
-    fn still_to_come(&self, id: RequestId) -> usize {
-        let sequence = &self.sequences[&id];
+    fn still_to_come(&self, key: SequenceKey) -> usize {
+        let sequence = &self.sequences[key];
         self.reserve(sequence.len() - sequence.scheduled, sequence.remaining_new())
     }
 
@@ -121,7 +121,7 @@ impl Scheduler {
         let Some(place) = self.queue.iter().position(|waiting| *waiting == id) else { return };
         self.queue.remove(place);
         for waiting in self.queue.iter().take(place) {
-            if let Some(sequence) = self.sequences.get_mut(waiting) {
+            if let Some(sequence) = self.sequences.get_mut(*waiting) {
                 sequence.overtaken += 1;
             }
         }
@@ -134,7 +134,7 @@ impl Scheduler {
 
     /// Slots come back sorted, so that runs repeat.
     pub(crate) fn free_slot(&mut self, slot: SlotId) {
-        self.free_slots.push(slot.0);
-        self.free_slots.sort_unstable_by_key(|slot| Reverse(*slot));
+        let place = self.free_slots.partition_point(|free| *free > slot.0);
+        self.free_slots.insert(place, slot.0);
     }
 }

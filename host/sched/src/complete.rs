@@ -4,6 +4,7 @@ use crate::{
     BatchId, Outcome, RequestId,
     scheduler::{FlightRow, Scheduler},
     sequence::Leaving,
+    sequences::SequenceKey,
 };
 
 impl Scheduler {
@@ -22,7 +23,7 @@ impl Scheduler {
     }
 
     fn complete_row(&mut self, row: FlightRow, outcome: Outcome) {
-        let Some(sequence) = self.sequences.get_mut(&row.request) else { return };
+        let Some(sequence) = self.sequences.at_mut(row.key) else { return };
         sequence.in_flight -= 1;
         if sequence.leaving != Some(Leaving::End) {
             if outcome != Outcome::Discarded {
@@ -46,37 +47,38 @@ impl Scheduler {
             let in_prompt = row.start < sequence.request.prompt.len();
             if in_prompt && sequence.leaving.is_none() {
                 // Others with the same prompt need not wait for the end of this request.
-                self.share_prefix(row.request);
+                self.share_prefix(row.key);
             }
         }
-        self.leave_if_possible(row.request);
+        self.leave_if_possible(row.key);
     }
 
     /// Ends a request, wherever it is. False if there is none of this id, or it is ending already.
     pub fn abort(&mut self, id: RequestId) -> bool {
-        let Some(sequence) = self.sequences.get(&id) else { return false };
+        let Some(key) = self.sequences.key(id) else { return false };
+        let sequence = &self.sequences[key];
         if sequence.leaving == Some(Leaving::End) {
             return false;
         }
         if sequence.slot.is_none() {
             self.queue.retain(|waiting| *waiting != id);
-            self.sequences.remove(&id);
+            self.sequences.remove(key);
             return true;
         }
-        self.leave(id, Leaving::End);
+        self.leave(key, Leaving::End);
         true
     }
 
     /// Makes a running sequence leave, at once if no step has it.
-    pub(crate) fn leave(&mut self, id: RequestId, how: Leaving) {
-        if let Some(sequence) = self.sequences.get_mut(&id) {
+    pub(crate) fn leave(&mut self, key: SequenceKey, how: Leaving) {
+        if let Some(sequence) = self.sequences.at_mut(key) {
             sequence.leaving = Some(how);
         }
-        self.leave_if_possible(id);
+        self.leave_if_possible(key);
     }
 
-    fn leave_if_possible(&mut self, id: RequestId) {
-        let Some(sequence) = self.sequences.get(&id) else { return };
+    fn leave_if_possible(&mut self, key: SequenceKey) {
+        let Some(sequence) = self.sequences.at(key) else { return };
         let Some(how) = sequence.leaving else { return };
         #[cfg(test)]
         let waits = sequence.in_flight > 0 && self.planted != crate::sim::Planted::FreeWhileInFlight;
@@ -85,14 +87,15 @@ impl Scheduler {
         if waits {
             return;
         }
-        self.give_back(id);
-        self.running.retain(|running| *running != id);
+        let id = sequence.request.id;
+        self.give_back(key);
+        self.running.retain(|running| *running != key);
         match how {
             Leaving::End => {
-                self.sequences.remove(&id);
+                self.sequences.remove(key);
             }
             Leaving::Retract => {
-                if let Some(sequence) = self.sequences.get_mut(&id) {
+                if let Some(sequence) = self.sequences.at_mut(key) {
                     sequence.rewind();
                 }
                 self.requeue(&[id]);
@@ -101,9 +104,9 @@ impl Scheduler {
     }
 
     /// Gives slot and pages back, what has been computed of them to the prefix cache.
-    fn give_back(&mut self, id: RequestId) {
-        self.share_prefix(id);
-        let Some(sequence) = self.sequences.get_mut(&id) else { return };
+    fn give_back(&mut self, key: SequenceKey) {
+        self.share_prefix(key);
+        let Some(sequence) = self.sequences.at_mut(key) else { return };
         let pages = sequence.pages.iter().zip(&sequence.private);
         let private: Vec<_> = pages.filter(|(_, private)| **private).map(|(page, _)| *page).collect();
         let (node, slot) = (sequence.node.take(), sequence.slot.take());
@@ -122,8 +125,8 @@ impl Scheduler {
 
     /// Gives the whole pages of a sequence whose tokens are known and computed to the prefix cache, and holds them
     /// there. Where the cache has the same already, the sequence goes on with that and gives its own up.
-    pub(crate) fn share_prefix(&mut self, id: RequestId) {
-        let Some(sequence) = self.sequences.get_mut(&id) else { return };
+    pub(crate) fn share_prefix(&mut self, key: SequenceKey) {
+        let Some(sequence) = self.sequences.at_mut(key) else { return };
         #[cfg(test)]
         let shared = match self.planted {
             crate::sim::Planted::ShareUncomputed => {

@@ -22,6 +22,7 @@ mod policy;
 mod recovery;
 mod scheduler;
 mod sequence;
+mod sequences;
 #[cfg(test)]
 mod sim;
 mod types;

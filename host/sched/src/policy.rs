@@ -2,11 +2,9 @@
 
 use std::collections::HashMap;
 
-use rustc_hash::FxHashMap;
-
 use torus_cache::{NodeId, PrefixCache};
 
-use crate::{RequestId, sequence::Sequence};
+use crate::{RequestId, sequences::Sequences};
 
 /// The order of the queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,12 +30,12 @@ pub(crate) const LOOKAHEAD: usize = 128;
 pub(crate) fn order(
     policy: Policy,
     queue: &[RequestId],
-    sequences: &FxHashMap<RequestId, Sequence>,
+    sequences: &Sequences,
     cache: &PrefixCache,
     step: u64,
 ) -> Vec<usize> {
     let mut order: Vec<usize> = (0..queue.len()).collect();
-    let sequence = |index: &usize| sequences.get(&queue[*index]);
+    let sequence = |index: &usize| sequences.get(queue[*index]);
     let path = |index: &usize| -> (usize, Vec<NodeId>) {
         sequence(index).map_or((0, Vec::new()), |s| cache.peek(&s.request.namespace, &s.request.prompt))
     };

@@ -15,19 +15,19 @@ impl Scheduler {
         let running = std::mem::take(&mut self.running);
         self.free_slots = (0..self.config.max_running as u32).rev().collect();
         let mut survivors = Vec::with_capacity(running.len());
-        for id in running {
-            let Some(sequence) = self.sequences.get_mut(&id) else { continue };
+        for key in running {
+            let Some(sequence) = self.sequences.at_mut(key) else { continue };
             if sequence.leaving == Some(Leaving::End) {
-                self.sequences.remove(&id);
+                self.sequences.remove(key);
             } else {
                 sequence.rewind();
-                survivors.push(id);
+                survivors.push(sequence.request.id);
             }
         }
         self.requeue(&survivors);
         let mut suspects = Vec::new();
         for row in &failed {
-            if let Some(sequence) = self.sequences.get_mut(&row.request) {
+            if let Some(sequence) = self.sequences.at_mut(row.key) {
                 sequence.failures += 1;
                 sequence.suspect_until = sequence.suspect_until.max(row.end);
                 suspects.push(row.request);
@@ -40,10 +40,10 @@ impl Scheduler {
         self.trials.iter_mut().for_each(|group| group.retain(|id| !suspects.contains(id)));
         self.trials.retain(|group| !group.is_empty());
         if let ([culprit], true) = (&suspects[..], alone)
-            && self.sequences.get(culprit).is_some_and(|sequence| sequence.failures > 1)
+            && self.sequences.get(*culprit).is_some_and(|sequence| sequence.failures > 1)
         {
             self.queue.retain(|waiting| waiting != culprit);
-            self.sequences.remove(culprit);
+            self.sequences.key(*culprit).into_iter().for_each(|key| self.sequences.remove(key));
             self.ended.push((*culprit, Ended::Failed));
             return;
         }
@@ -58,7 +58,7 @@ impl Scheduler {
     /// Forgets groups whose members have all got past the step that failed, or are gone.
     pub(crate) fn end_trials(&mut self) {
         while let Some(group) = self.trials.front() {
-            let suspect = |id: &RequestId| self.sequences.get(id).is_some_and(|sequence| sequence.suspect_until > 0);
+            let suspect = |id: &RequestId| self.sequences.get(*id).is_some_and(|sequence| sequence.suspect_until > 0);
             if group.iter().any(suspect) {
                 break;
             }

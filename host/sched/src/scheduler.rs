@@ -2,12 +2,12 @@
 
 use std::collections::VecDeque;
 
-use rustc_hash::FxHashMap;
-use torus_cache::{PageId, PrefixCache};
+use torus_cache::PrefixCache;
 
 use crate::{
     AdmitError, Batch, BatchId, Config, Ended, PrefillLimit, Request, RequestId, Row, Stats,
     sequence::{Leaving, Sequence},
+    sequences::{SequenceKey, Sequences},
 };
 
 /// A step that has been scheduled and is not complete.
@@ -19,6 +19,7 @@ pub(crate) struct Flight {
 
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct FlightRow {
+    pub key: SequenceKey,
     pub request: RequestId,
     pub start: usize,
     pub end: usize,
@@ -32,10 +33,10 @@ const MIXED_PREFILL_MIN: usize = 2;
 pub struct Scheduler {
     pub(crate) config: Config,
     pub(crate) cache: PrefixCache,
-    pub(crate) sequences: FxHashMap<RequestId, Sequence>,
+    pub(crate) sequences: Sequences,
     pub(crate) queue: VecDeque<RequestId>,
     /// Sequences with a slot, in the order of their admission.
-    pub(crate) running: Vec<RequestId>,
+    pub(crate) running: Vec<SequenceKey>,
     pub(crate) free_slots: Vec<u32>,
     pub(crate) in_flight: VecDeque<Flight>,
     /// After a failure: groups that run by themselves until the step that failed has succeeded.
@@ -64,6 +65,8 @@ pub(crate) struct Counters {
 /// A step being put together.
 pub(crate) struct Plan {
     pub rows: Vec<Row>,
+    /// What is kept of each row until the step is complete.
+    pub flown: Vec<FlightRow>,
     pub budget: usize,
     pub prefill_budget: usize,
     /// What is left of the limit on prompts beside sequences that decode.
@@ -81,10 +84,6 @@ impl Plan {
     fn tokens(&self) -> usize {
         self.rows.iter().map(|row| row.len).sum()
     }
-
-    pub fn has(&self, id: RequestId) -> bool {
-        self.rows.iter().any(|row| row.request == id)
-    }
 }
 
 impl Scheduler {
@@ -92,7 +91,7 @@ impl Scheduler {
         let cache = PrefixCache::new(config.pages, config.page_size, config.prefix_cache);
         Self {
             cache,
-            sequences: FxHashMap::default(),
+            sequences: Sequences::default(),
             queue: VecDeque::new(),
             running: Vec::new(),
             free_slots: (0..config.max_running as u32).rev().collect(),
@@ -123,11 +122,11 @@ impl Scheduler {
         if self.queue.len() >= self.config.max_queued {
             return Err(AdmitError::QueueFull { queued: self.queue.len() });
         }
-        if self.sequences.contains_key(&request.id) {
+        if self.sequences.key(request.id).is_some() {
             return Err(AdmitError::DuplicateId(request.id));
         }
         self.queue.push_back(request.id);
-        self.sequences.insert(request.id, Sequence::new(request));
+        self.sequences.insert(Sequence::new(request));
         Ok(())
     }
 
@@ -137,10 +136,9 @@ impl Scheduler {
         self.mixed_prefill = limit;
     }
 
-    /// The limit beside so many that decode. Where more wait for their first token than for the next, it is as many times
+    /// The limit beside so many that decode, with so many prompts begun. Where more wait for their first token than for the next, it is as many times
     /// higher: nobody waits long for few, and a burst of prompts is not computed in small pieces.
-    fn mixed_prefill_limit(&self, decodes: usize) -> f64 {
-        let prefills = self.running.iter().filter(|id| self.sequences.get(id).is_some_and(|s| !s.decodes())).count();
+    fn mixed_prefill_limit(&self, decodes: usize, prefills: usize) -> f64 {
         let waiting = self.queue.len() + prefills;
         self.mixed_prefill.tokens * (waiting / decodes).max(1) as f64
     }
@@ -154,7 +152,8 @@ impl Scheduler {
         }
         self.step += 1;
         let mut plan = Plan {
-            rows: Vec::new(),
+            rows: Vec::with_capacity(self.running.len()),
+            flown: Vec::with_capacity(self.running.len()),
             budget: self.config.token_budget,
             prefill_budget: self.config.max_prefill_tokens,
             mixed_left: f64::INFINITY,
@@ -162,18 +161,19 @@ impl Scheduler {
         };
         if self.config.mixed {
             self.add_decodes(&mut plan);
+            let begun = self.begun_prompts();
             if !plan.rows.is_empty() {
-                plan.mixed_left = self.mixed_prefill_limit(plan.rows.len());
+                plan.mixed_left = self.mixed_prefill_limit(plan.rows.len(), begun.len());
             }
-            self.add_prefills(&mut plan);
+            self.add_prefills(&mut plan, &begun);
         } else if self.last_was_prefill {
             self.add_decodes(&mut plan);
             self.last_was_prefill = plan.rows.is_empty();
             if plan.rows.is_empty() {
-                self.add_prefills(&mut plan);
+                self.add_prefills(&mut plan, &self.begun_prompts());
             }
         } else {
-            self.add_prefills(&mut plan);
+            self.add_prefills(&mut plan, &self.begun_prompts());
             self.last_was_prefill = !plan.rows.is_empty();
             if plan.rows.is_empty() {
                 self.add_decodes(&mut plan);
@@ -184,8 +184,7 @@ impl Scheduler {
         }
         self.decay_reserved_share();
         let id = BatchId(self.step);
-        let flown = |row: &Row| FlightRow { request: row.request, start: row.start, end: row.start + row.len };
-        self.in_flight.push_back(Flight { id, rows: plan.rows.iter().map(flown).collect() });
+        self.in_flight.push_back(Flight { id, rows: plan.flown });
         Some(Batch { id, rows: plan.rows })
     }
 
@@ -196,38 +195,44 @@ impl Scheduler {
             let turn = (self.step as usize).wrapping_mul(plan.budget) % order.len();
             order.rotate_left(turn);
         }
-        for id in order {
+        for key in order {
             if plan.budget == 0 {
                 break;
             }
             // Retracted on the way here, or not of those on trial.
-            let Some(sequence) = self.sequences.get(&id).filter(|s| s.wants_more() && s.decodes()) else { continue };
-            if !self.is_eligible(id) {
+            let Some(sequence) = self.sequences.at(key).filter(|s| s.wants_more() && s.decodes()) else { continue };
+            if !self.is_eligible(sequence.request.id) {
                 continue;
             }
-            let missing = (sequence.scheduled + 1).div_ceil(self.config.page_size) - sequence.pages.len();
-            if missing == 0 || self.take_pages(id, missing) || self.make_room(id, missing, plan) {
-                self.push_row(plan, id, 1);
+            let has_room = sequence.scheduled < sequence.pages.len() * self.config.page_size;
+            if has_room || self.take_pages(key, 1) || self.make_room(key, 1) {
+                self.push_row(plan, key, 1);
             }
         }
     }
 
+    /// Sequences with a slot whose prompts are not computed yet.
+    fn begun_prompts(&self) -> Vec<SequenceKey> {
+        let begun = |key: &SequenceKey| self.sequences.at(*key).is_some_and(|sequence| !sequence.decodes());
+        self.running.iter().copied().filter(begun).collect()
+    }
+
     /// Chunks of prompts: those begun first, then of those admitted now.
-    fn add_prefills(&mut self, plan: &mut Plan) {
-        let begun: Vec<_> = self.running.iter().copied().filter(|id| self.is_eligible(*id)).collect();
-        for id in begun {
-            let prefills = self.sequences.get(&id).is_some_and(|s| s.wants_more() && !s.decodes());
-            if prefills && !plan.has(id) {
-                self.add_chunk(plan, id);
+    fn add_prefills(&mut self, plan: &mut Plan, begun: &[SequenceKey]) {
+        for key in begun {
+            // Others may have made it give its pages up.
+            let Some(sequence) = self.sequences.at(*key).filter(|s| s.wants_more() && !s.decodes()) else { continue };
+            if self.is_eligible(sequence.request.id) && sequence.last_step != self.step {
+                self.add_chunk(plan, *key);
             }
         }
         self.admit(plan);
     }
 
     /// As much of a prompt as budget and pages allow. False if that is nothing.
-    pub(crate) fn add_chunk(&mut self, plan: &mut Plan, id: RequestId) -> bool {
+    pub(crate) fn add_chunk(&mut self, plan: &mut Plan, key: SequenceKey) -> bool {
         let page_size = self.config.page_size;
-        let Some(sequence) = self.sequences.get(&id) else { return false };
+        let Some(sequence) = self.sequences.at(key) else { return false };
         let (scheduled, held) = (sequence.scheduled, sequence.pages.len());
         let limited = sequence.request.step_tokens_max.filter(|_| scheduled < sequence.request.prompt.len());
         let room = limited.map_or(plan.budget, |max| plan.budget.min(max.saturating_sub(plan.tokens())));
@@ -241,16 +246,16 @@ impl Scheduler {
         let mut len = wanted.min(affordable);
         if len == 0 && plan.rows.is_empty() && self.in_flight.is_empty() {
             // Nothing else goes on that would free pages.
-            if !self.make_room(id, 1, plan) {
+            if !self.make_room(key, 1) {
                 return false;
             }
             len = wanted.min(page_size);
         }
-        let missing = (scheduled + len).div_ceil(page_size).saturating_sub(self.held_pages(id));
-        if len == 0 || !self.take_pages(id, missing) {
+        let missing = (scheduled + len).div_ceil(page_size).saturating_sub(self.held_pages(key));
+        if len == 0 || !self.take_pages(key, missing) {
             return false;
         }
-        self.push_row(plan, id, len);
+        self.push_row(plan, key, len);
         plan.prefill_budget -= len;
         plan.mixed_left -= self.mixed_prefill.count(scheduled, len);
         plan.mixed_min_left = plan.mixed_min_left.saturating_sub(len);
@@ -260,85 +265,85 @@ impl Scheduler {
         true
     }
 
-    fn held_pages(&self, id: RequestId) -> usize {
-        self.sequences.get(&id).map_or(0, |sequence| sequence.pages.len())
+    fn held_pages(&self, key: SequenceKey) -> usize {
+        self.sequences.at(key).map_or(0, |sequence| sequence.pages.len())
     }
 
     /// Gives a sequence more pages, if there are any.
-    fn take_pages(&mut self, id: RequestId, count: usize) -> bool {
-        let Some(pages) = self.cache.allocate(count) else { return false };
-        if let Some(sequence) = self.sequences.get_mut(&id) {
-            sequence.private.extend(pages.iter().map(|_| true));
-            sequence.pages.extend(pages);
+    fn take_pages(&mut self, key: SequenceKey, count: usize) -> bool {
+        let Some(sequence) = self.sequences.at_mut(key) else { return false };
+        if !self.cache.allocate_onto(count, &mut sequence.pages) {
+            return false;
         }
+        sequence.private.resize(sequence.pages.len(), true);
         true
     }
 
     /// Takes pages from other sequences until this one has what it misses. False if it must wait: for steps in flight
     /// of those that give theirs up, or because it had to give up its own.
-    fn make_room(&mut self, id: RequestId, missing: usize, plan: &Plan) -> bool {
+    fn make_room(&mut self, key: SequenceKey, missing: usize) -> bool {
         loop {
-            if self.take_pages(id, missing) {
+            if self.take_pages(key, missing) {
                 return true;
             }
-            let awaited = |id: &RequestId| self.sequences.get(id).is_some_and(|s| s.leaving.is_some());
+            let awaited = |key: &SequenceKey| self.sequences.at(*key).is_some_and(|s| s.leaving.is_some());
             if self.running.iter().any(awaited) {
                 return false;
             }
-            let Some(victim) = self.victim(plan) else { return false };
-            if victim == id && self.running.len() == 1 {
-                return self.take_last_pages(id, missing);
+            let Some(victim) = self.victim() else { return false };
+            if victim == key && self.running.len() == 1 {
+                return self.take_last_pages(key, missing);
             }
             self.counters.retractions += 1;
             self.reserve_more();
             self.leave(victim, Leaving::Retract);
-            if victim == id {
+            if victim == key {
                 return false;
             }
         }
     }
 
     /// The pages a sequence misses that has the pool to itself. If they are not there, it is too large for it.
-    fn take_last_pages(&mut self, id: RequestId, missing: usize) -> bool {
-        if self.sequences.get(&id).is_some_and(|sequence| sequence.in_flight > 0) {
+    fn take_last_pages(&mut self, key: SequenceKey, missing: usize) -> bool {
+        if self.sequences.at(key).is_some_and(|sequence| sequence.in_flight > 0) {
             return false;
         }
         // Tokens that it keeps twice, in pages of its own and in the tree, are given up now.
-        self.share_prefix(id);
-        if self.take_pages(id, missing) {
+        self.share_prefix(key);
+        if self.take_pages(key, missing) {
             return true;
         }
-        self.ended.push((id, Ended::OutOfPages));
-        self.leave(id, Leaving::End);
+        self.ended.extend(self.sequences.at(key).map(|sequence| (sequence.request.id, Ended::OutOfPages)));
+        self.leave(key, Leaving::End);
         false
     }
 
     /// Who gives its pages up: who may not run now, then who has generated least, and of those the longest prompt.
-    fn victim(&self, plan: &Plan) -> Option<RequestId> {
-        let candidates = self.running.iter().filter(|id| !plan.has(**id));
-        let sequences = candidates.filter_map(|id| self.sequences.get(id)).filter(|s| s.leaving.is_none());
-        let key = |s: &&Sequence| {
+    fn victim(&self) -> Option<SequenceKey> {
+        let sequences = self.running.iter().filter_map(|key| self.sequences.at(*key).map(|sequence| (*key, sequence)));
+        let candidates = sequences.filter(|(_, s)| s.last_step != self.step && s.leaving.is_none());
+        let order = |(_, s): &(SequenceKey, &Sequence)| {
             let may_run = self.is_eligible(s.request.id);
             (may_run, s.output.len(), std::cmp::Reverse((s.request.prompt.len(), s.request.id)))
         };
-        sequences.min_by_key(key).map(|sequence| sequence.request.id)
+        candidates.min_by_key(order).map(|(key, _)| key)
     }
 
-    fn push_row(&mut self, plan: &mut Plan, id: RequestId, len: usize) {
-        let Some(sequence) = self.sequences.get_mut(&id) else { return };
+    fn push_row(&mut self, plan: &mut Plan, key: SequenceKey, len: usize) {
+        let Some(sequence) = self.sequences.at_mut(key) else { return };
         let Some(slot) = sequence.slot else { return };
-        let start = sequence.scheduled;
+        let (request, start) = (sequence.request.id, sequence.scheduled);
         sequence.scheduled += len;
         sequence.in_flight += 1;
+        sequence.last_step = self.step;
         let samples = (sequence.scheduled == sequence.len()).then_some(sequence.sampled);
         let tokens = sequence.tokens(start, len);
         sequence.sampled += usize::from(samples.is_some());
-        let told = std::mem::replace(&mut sequence.told_pages, sequence.pages.len());
-        let mut new_pages: Vec<(usize, PageId)> = std::mem::take(&mut sequence.replaced);
-        new_pages.extend(sequence.pages.iter().copied().enumerate().skip(told));
+        let new_pages = sequence.take_new_pages();
         let admitted = sequence.admitted.take();
         plan.budget -= len;
-        plan.rows.push(Row { request: id, slot, admitted, start, len, tokens, samples, new_pages });
+        plan.flown.push(FlightRow { key, request, start, end: start + len });
+        plan.rows.push(Row { request, slot, admitted, start, len, tokens, samples, new_pages });
     }
 
     /// Requests that ended by themselves since the last call.

@@ -34,6 +34,8 @@ pub(crate) struct Sequence {
     /// Set until the first row after admission.
     pub admitted: Option<usize>,
     pub in_flight: usize,
+    /// The last step it had a row of.
+    pub last_step: u64,
     pub leaving: Option<Leaving>,
     /// Its KV is wrong and must not be shared.
     pub discarded: bool,
@@ -62,6 +64,7 @@ impl Sequence {
             node: None,
             admitted: None,
             in_flight: 0,
+            last_step: 0,
             leaving: None,
             discarded: false,
             counted: false,
@@ -112,6 +115,14 @@ impl Sequence {
     /// Tokens that may still be sampled.
     pub fn remaining_new(&self) -> usize {
         self.request.max_new_tokens - self.sampled
+    }
+
+    /// Pages that the caller has not been told of: replaced ones first, then those at the end.
+    pub fn take_new_pages(&mut self) -> Vec<(usize, PageId)> {
+        let told = std::mem::replace(&mut self.told_pages, self.pages.len());
+        let mut new_pages = std::mem::take(&mut self.replaced);
+        new_pages.extend(self.pages.iter().copied().enumerate().skip(told));
+        new_pages
     }
 
     /// Puts shared pages in the place of its own first ones. Returns those.

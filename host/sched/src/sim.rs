@@ -172,7 +172,7 @@ impl Simulation {
         let Some(batch) = self.scheduler.schedule() else { return false };
         assert!(batch.tokens() <= self.scheduler.config.token_budget && !batch.rows.is_empty());
         let limited = batch.rows.iter().filter_map(|row| {
-            let sequence = &self.scheduler.sequences[&row.request];
+            let sequence = self.scheduler.sequences.get(row.request).unwrap();
             sequence.request.step_tokens_max.filter(|_| row.start < sequence.request.prompt.len())
         });
         assert!(limited.min().is_none_or(|max| batch.tokens() <= max));
