@@ -117,6 +117,8 @@ struct Measured {
     steps_per_s: f64,
     /// Seconds of a part in each decode step, ascending.
     parts: BTreeMap<String, Vec<f64>>,
+    /// Seconds that another thread takes to deliver a step's tokens, meanwhile.
+    deliver: f64,
     /// Seconds of all parts that come before the next step can be launched, ascending.
     critical: Vec<f64>,
 }
@@ -170,17 +172,19 @@ impl Case {
     fn read(&self, trace: &Value) -> anyhow::Result<Measured> {
         let events = trace["traceEvents"].as_array().context("the engine's trace has no events")?;
         let mut parts: BTreeMap<String, Vec<f64>> = BTreeMap::new();
-        let mut ends = Vec::new();
-        for event in events.iter().filter(|event| event["args"]["tokens"].as_u64() == Some(self.running as u64)) {
-            let (Some(name), Some(begin), Some(us)) =
-                (event["name"].as_str(), event["ts"].as_f64(), event["dur"].as_f64())
+        let (mut ends, mut delivered, mut delivering) = (Vec::new(), 0, 0.0);
+        for event in events {
+            let (Some(name), Some(begin), Some(us), Some(tokens)) =
+                (event["name"].as_str(), event["ts"].as_f64(), event["dur"].as_f64(), event["args"]["tokens"].as_u64())
             else {
                 continue;
             };
-            if name == "step" {
-                ends.push((begin + us) * 1e-6);
-            } else {
-                parts.entry(name.to_owned()).or_default().push(us * 1e-6);
+            match name {
+                // Several steps at a time, if it lags.
+                "deliver" => (delivered, delivering) = (delivered + tokens, delivering + us * 1e-6),
+                _ if tokens != self.running as u64 => {}
+                "step" => ends.push((begin + us) * 1e-6),
+                _ => parts.entry(name.to_owned()).or_default().push(us * 1e-6),
             }
         }
         let count = parts.values().map(Vec::len).min().unwrap_or(0);
@@ -190,7 +194,9 @@ impl Case {
         parts.values_mut().for_each(|times| times.sort_by(f64::total_cmp));
         let span = ends.last().unwrap_or(&0.0) - ends.first().unwrap_or(&0.0);
         let steps_per_s = (ends.len() - 1) as f64 / span;
-        Ok(Measured { name: self.name(), running: self.running, shared: self.shared, steps_per_s, parts, critical })
+        let deliver = delivering / delivered.max(1) as f64 * self.running as f64;
+        let Self { running, shared, .. } = *self;
+        Ok(Measured { name: self.name(), running, shared, steps_per_s, parts, deliver, critical })
     }
 }
 
@@ -228,6 +234,7 @@ impl Measured {
                     quantile(times, 0.99) * 1e6
                 );
             }
+            println!("  on another thread meanwhile: deliver, mean {:.1} us", self.deliver * 1e6);
         }
     }
 
@@ -241,6 +248,7 @@ impl Measured {
             "steps_per_s": self.steps_per_s,
             "critical_p50_s": quantile(&self.critical, 0.5),
             "critical_p99_s": quantile(&self.critical, 0.99),
+            "deliver_mean_s": self.deliver,
             "parts": self.parts.iter().map(part).collect::<serde_json::Map<_, _>>(),
         })
     }

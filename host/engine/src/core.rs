@@ -14,21 +14,23 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rustc_hash::FxHashMap;
 use torus_pjrt::PjrtError;
 use torus_sched::{Batch, Ended, Outcome, Request, RequestId, Row, Scheduler};
 
 use crate::{
     api::{Abort, AbortTarget, FinishReason, FlushRefused, Readiness},
     config::LoopConfig,
+    delivery::Delivery,
     device::Pending,
     handle::{Command, Shared, Submission, lock},
     load::Loaded,
+    mailbox::Note,
     pace::{Pace, Tokens},
     pack::{self, Packed},
     profile::Profiler,
-    program::Rows,
+    program::{Rows, flag},
     request::RequestState,
+    requests::Requests,
     results,
     stats::StepStats,
     watchdog::Watchdog,
@@ -37,6 +39,7 @@ use crate::{
 /// A step whose result is awaited.
 struct InFlight {
     batch: Batch,
+    tokens: usize,
     copy: Pending,
     rows: Rows,
     launched: Instant,
@@ -45,7 +48,8 @@ struct InFlight {
 pub(crate) struct Core {
     loaded: Loaded,
     scheduler: Scheduler,
-    requests: FxHashMap<RequestId, RequestState>,
+    requests: Requests,
+    delivery: Delivery,
     deadlines: BTreeSet<(Instant, RequestId)>,
     in_flight: VecDeque<InFlight>,
     shared: Arc<Shared>,
@@ -68,7 +72,7 @@ pub(crate) struct Core {
 const IDLE_WAIT: Duration = Duration::from_millis(500);
 
 impl Core {
-    pub fn new(config: &LoopConfig, loaded: Loaded, shared: Arc<Shared>) -> Self {
+    pub fn new(config: &LoopConfig, loaded: Loaded, delivery: Delivery, shared: Arc<Shared>) -> Self {
         let scheduler = Scheduler::new(torus_sched::Config {
             max_running: loaded.max_running,
             token_budget: loaded.token_budget,
@@ -84,9 +88,10 @@ impl Core {
         });
         Self {
             watchdog: Watchdog::start(config.watchdog_timeout, shared.clone()),
+            requests: Requests::new(loaded.max_running, loaded.vocab),
+            delivery,
             loaded,
             scheduler,
-            requests: FxHashMap::default(),
             deadlines: BTreeSet::new(),
             in_flight: VecDeque::new(),
             shared,
@@ -109,11 +114,13 @@ impl Core {
                 break;
             }
             self.expire();
+            self.deliver();
             self.launch_steps();
-            let tokens = self.in_flight.front().map(|step| step.batch.tokens());
+            let tokens = self.in_flight.front().map(|step| step.tokens);
             self.finish_oldest();
             let finished = Instant::now();
             self.end_by_scheduler();
+            self.deliver();
             self.publish();
             if let Some(tokens) = tokens {
                 self.profiler.record("publish", finished, Instant::now(), tokens);
@@ -128,6 +135,7 @@ impl Core {
     /// Handles all commands that have come; waits for one if there is nothing to compute. False if none can come.
     fn take_commands(&mut self, commands: &Receiver<Command>) -> bool {
         while self.scheduler.is_idle() && !self.shutting_down {
+            self.deliver();
             self.publish();
             match commands.recv_timeout(IDLE_WAIT) {
                 Ok(command) => self.handle(command),
@@ -155,8 +163,7 @@ impl Core {
             Command::Abandon(number) => self.end(RequestId(number), FinishReason::Aborted(Abort::ByUser)),
             Command::Abort(AbortTarget::All) => self.abort_all(&Abort::ByUser),
             Command::Abort(AbortTarget::Id(name)) => {
-                let named = self.requests.iter().filter(|(_, request)| request.id == name);
-                let ids: Vec<_> = named.map(|(id, _)| *id).collect();
+                let ids = self.requests.ids(|request| request.id == name);
                 ids.into_iter().for_each(|id| self.end(id, FinishReason::Aborted(Abort::ByUser)));
             }
             // A caller that no longer waits for its answer needs none.
@@ -165,21 +172,24 @@ impl Core {
                 let _ = answer.send(flushed.map_err(|(running, waiting)| FlushRefused { waiting, running }));
             }
             Command::StartProfile(directory, answer) => {
-                let _ = answer.send(self.profiler.start(directory));
+                let started = self.profiler.start(directory);
+                started.iter().for_each(|()| self.delivery.start_profile());
+                let _ = answer.send(started);
             }
             Command::StopProfile(answer) => {
-                let _ = answer.send(self.profiler.stop());
+                let _ = answer.send(self.profiler.stop(&self.delivery.stop_profile()));
             }
             Command::Shutdown => self.shutting_down = true,
         }
     }
 
     fn submit(&mut self, submission: Submission) {
-        let id = RequestId(submission.number);
+        let Submission { request, mailbox } = submission;
+        let id = RequestId(mailbox.number);
         // A seed for those that bring none, different for each.
-        let seed = self.seed ^ submission.number.wrapping_mul(0x9E37_79B9_7F4A_7C15);
-        let namespace = submission.request.namespace.clone();
-        let state = RequestState::new(submission, &self.loaded.end_tokens, self.loaded.context_length, seed);
+        let seed = self.seed ^ mailbox.number.wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        let namespace = request.namespace.clone();
+        let state = RequestState::new(request, &self.loaded.end_tokens, self.loaded.context_length, seed);
         let request = Request {
             id,
             prompt: state.prompt.clone(),
@@ -193,7 +203,8 @@ impl Core {
             self.deadlines.insert((deadline, id));
         }
         let nothing_to_generate = state.max_new_tokens == 0 && !state.wants_prompt_logprobs();
-        self.requests.insert(id, state);
+        let key = self.requests.insert(id, state);
+        self.delivery.open(key, mailbox);
         if self.broken {
             let message = "the device failed and could not be recovered".to_owned();
             self.end(id, FinishReason::Aborted(Abort::Failed(message)));
@@ -205,7 +216,7 @@ impl Core {
     }
 
     fn abort_all(&mut self, why: &Abort) {
-        let ids: Vec<_> = self.requests.keys().copied().collect();
+        let ids = self.requests.ids(|_| true);
         ids.into_iter().for_each(|id| self.end(id, FinishReason::Aborted(why.clone())));
     }
 
@@ -216,18 +227,25 @@ impl Core {
     }
 
     fn forget(&mut self, id: RequestId, reason: FinishReason) {
-        let Some(mut request) = self.requests.remove(&id) else { return };
+        let Some((key, mut request)) = self.requests.remove(id) else { return };
         if let Some(deadline) = request.deadline {
             self.deadlines.remove(&(deadline, id));
         }
         self.no_longer_waiting(&mut request);
-        request.finish(reason);
+        self.delivery.note(key, Note::Finished(Box::new(reason)));
         self.shared.forget(&request.id);
     }
 
     fn no_longer_waiting(&self, request: &mut RequestState) {
         if std::mem::replace(&mut request.waiting, false) {
             self.shared.waiting.fetch_sub(1, Ordering::AcqRel);
+        }
+    }
+
+    /// Hands over what clients are to be told, and ends requests whose clients read too slowly.
+    fn deliver(&mut self) {
+        for number in self.delivery.flush() {
+            self.end(RequestId(number), FinishReason::Aborted(Abort::SlowClient));
         }
     }
 
@@ -254,9 +272,9 @@ impl Core {
         loop {
             let started = Instant::now();
             let Some(batch) = self.scheduler.schedule() else { break };
-            self.profiler.record("schedule", started, Instant::now(), batch.tokens());
-            let id = batch.id;
-            if let Err(error) = self.launch(batch) {
+            let (id, tokens) = (batch.id, batch.tokens());
+            self.profiler.record("schedule", started, Instant::now(), tokens);
+            if let Err(error) = self.launch(batch, tokens) {
                 tracing::error!(%error, "a step failed to start");
                 self.blame(id, &error);
                 return;
@@ -276,13 +294,13 @@ impl Core {
         self.recover(id, error);
     }
 
-    fn launch(&mut self, batch: Batch) -> Result<(), PjrtError> {
+    fn launch(&mut self, batch: Batch, tokens: usize) -> Result<(), PjrtError> {
         let started = Instant::now();
         self.watchdog.begin();
         for row in &batch.rows {
             self.prepare_row(row)?;
         }
-        let Packed { bytes, bucket, rows, padding } = pack::pack(&batch, &mut self.requests, &mut self.loaded)?;
+        let Packed { bucket, rows, padding } = pack::pack(&batch, tokens, &self.requests, &mut self.loaded)?;
         let packed = Instant::now();
         if self.is_to_fail(&batch) {
             return Err(PjrtError::Invalid("this step was told to fail".into()));
@@ -291,11 +309,12 @@ impl Core {
             Rows::All => &self.loaded.prompt_logprobs,
             Rows::Sampled => &self.loaded.buckets[bucket],
         };
-        let copy = self.loaded.state.step(program, &bytes)?;
-        self.stats.launched(batch.tokens(), padding);
-        self.profiler.record("pack", started, packed, batch.tokens());
-        self.profiler.record("launch", packed, Instant::now(), batch.tokens());
-        self.in_flight.push_back(InFlight { batch, copy, rows, launched: Instant::now() });
+        let copy = self.loaded.state.step(program, self.loaded.buffer.bytes())?;
+        self.stats.launched(tokens, padding);
+        let launched = Instant::now();
+        self.profiler.record("pack", started, packed, tokens);
+        self.profiler.record("launch", packed, launched, tokens);
+        self.in_flight.push_back(InFlight { batch, tokens, copy, rows, launched });
         Ok(())
     }
 
@@ -307,24 +326,27 @@ impl Core {
 
     /// Sets up what a row needs on the device beside the step buffer.
     fn prepare_row(&mut self, row: &Row) -> Result<(), PjrtError> {
-        let Some(request) = self.requests.get_mut(&row.request) else { return Ok(()) };
         let slot = row.slot.0;
         if let Some(cached) = row.admitted {
+            self.requests.take_slot(row);
+            self.loaded.pages[slot as usize].clear();
+            let Some((_, request)) = self.requests.of_row_mut(row) else { return Ok(()) };
             request.cached_tokens.get_or_insert(cached);
-            request.slot = Some(slot);
             if std::mem::replace(&mut request.waiting, false) {
                 self.shared.waiting.fetch_sub(1, Ordering::AcqRel);
             }
-            self.loaded.pages[slot as usize].clear();
             if request.has_penalties() {
                 self.loaded.state.load_counts(slot, &request.token_counts())?;
             }
             if request.has_bias() {
-                request.stops_forbidden = request.forbids_stops(request.output.len());
+                request.stops_forbidden = request.forbids_stops(request.generated);
                 self.loaded.state.load_bias(slot, &request.biases())?;
             }
         }
+        let is_biased = self.requests.slot(row).is_some_and(|slot| slot.choice.needs(flag::BIAS));
         if let Some(sampled) = row.samples
+            && is_biased
+            && let Some((_, request)) = self.requests.of_row_mut(row)
             && request.stops_forbidden
             && !request.forbids_stops(sampled)
         {
@@ -342,7 +364,7 @@ impl Core {
         self.watchdog.begin();
         let outcome = step.copy.wait();
         self.watchdog.end();
-        self.profiler.record("step", step.launched, Instant::now(), step.batch.tokens());
+        self.profiler.record("step", step.launched, Instant::now(), step.tokens);
         let result = match outcome {
             Ok(result) => result,
             Err(error) => {
@@ -356,28 +378,28 @@ impl Core {
         let mut outcomes = Vec::with_capacity(step.batch.rows.len());
         let reader = results::Reader::new(&result);
         let mut first_token = 0;
-        let mut delivery = self.profiler.delivery(step.batch.rows.len());
         for (index, row) in step.batch.rows.iter().enumerate() {
             let place = results::Place { row: index, first_token, rows: step.rows };
-            let (outcome, ending) = self.requests.get_mut(&row.request).map_or((Outcome::Nothing, None), |request| {
-                let taken = results::take(request, row, place, &reader);
-                delivery.timed(index, || results::deliver(request, taken))
+            let request = self.requests.of_row_mut(row);
+            let (outcome, ending) = request.map_or((Outcome::Nothing, None), |request| {
+                results::take(request, row, place, &reader, &mut self.delivery)
             });
             self.stats.sampled += u64::from(matches!(outcome, Outcome::Token(_) | Outcome::Finished(_)));
             outcomes.push(outcome);
             endings.extend(ending.map(|reason| (row.request, reason)));
             first_token += row.len;
         }
+        let taken = Instant::now();
+        self.deliver();
+        let delivered = Instant::now();
         self.scheduler.complete(step.batch.id, &outcomes);
         for (id, reason) in endings {
             self.end(id, reason);
         }
         self.stats.finished(finished - waited_from);
-        // The two alternate row by row; the trace shows one after the other.
-        let ended = Instant::now();
-        let unpacked = ended.checked_sub(delivery.total()).map_or(finished, |then| then.max(finished));
-        self.profiler.record("unpack", finished, unpacked, step.batch.tokens());
-        self.profiler.record("stream", unpacked, ended, step.batch.tokens());
+        self.profiler.record("unpack", finished, taken, step.tokens);
+        self.profiler.record("stream", taken, delivered, step.tokens);
+        self.profiler.record("complete", delivered, Instant::now(), step.tokens);
     }
 
     /// Learns what a step cost: it began when it was launched or when the one before ended.
@@ -400,9 +422,6 @@ impl Core {
         self.stats.failed_steps += 1;
         self.in_flight.clear();
         self.scheduler.fail(failed);
-        for request in self.requests.values_mut() {
-            request.slot = None;
-        }
         self.watchdog.begin();
         let reset = self.loaded.state.reset();
         self.watchdog.end();

@@ -5,7 +5,7 @@ use std::{
     collections::HashMap,
     pin::Pin,
     sync::{
-        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
         mpsc as sync_mpsc,
     },
@@ -14,15 +14,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::sync::mpsc;
-
-use crate::api::{
-    Abort, AbortTarget, Engine, EngineStats, Event, EventStream, FinishReason, FlushRefused, GenerateRequest,
-    ModelInfo, ProfileError, Readiness, SubmitError, TOP_LOGPROBS_MAX,
+use crate::{
+    api::{
+        AbortTarget, Engine, EngineStats, Event, EventStream, FlushRefused, GenerateRequest, ModelInfo, ProfileError,
+        Readiness, SubmitError, TOP_LOGPROBS_MAX,
+    },
+    mailbox::{Receiver, Sender, mailbox},
 };
-
-/// Events a request may have unread before it counts as a slow client's. A step makes at most two.
-const UNREAD_EVENTS_MAX: usize = 4096;
 
 /// What the engine's thread is told.
 pub(crate) enum Command {
@@ -38,14 +36,9 @@ pub(crate) enum Command {
 
 /// A request on its way to the engine's thread.
 pub(crate) struct Submission {
-    pub number: u64,
     pub request: GenerateRequest,
-    pub events: mpsc::Sender<Event>,
-    pub ending: Ending,
+    pub mailbox: Sender,
 }
-
-/// How a request ended, also for a stream whose channel has no room for it.
-pub(crate) type Ending = Arc<OnceLock<FinishReason>>;
 
 /// What the engine's thread and its callers share.
 pub(crate) struct Shared {
@@ -204,11 +197,10 @@ impl Engine for EngineHandle {
             self.shared.waiting.fetch_sub(1, Ordering::AcqRel);
             return Err(SubmitError::QueueFull { queued: waiting });
         }
-        let (events, receiver) = mpsc::channel(UNREAD_EVENTS_MAX);
         let number = self.next_number.fetch_add(1, Ordering::Relaxed) as u64;
         *lock(&self.shared.ids).entry(request.id.clone()).or_default() += 1;
-        let ending = Ending::default();
-        let submission = Submission { number, request, events, ending: ending.clone() };
+        let (sender, receiver) = mailbox(number);
+        let submission = Submission { request, mailbox: sender };
         if let Err(refused) = self.commands.send(Command::Submit(submission)) {
             self.shared.waiting.fetch_sub(1, Ordering::AcqRel);
             if let Command::Submit(submission) = refused.0 {
@@ -216,7 +208,7 @@ impl Engine for EngineHandle {
             }
             return Err(SubmitError::ShuttingDown);
         }
-        Ok(Box::pin(Events { receiver, number, commands: self.commands.clone(), ending, finished: false }))
+        Ok(Box::pin(Events { receiver, number, commands: self.commands.clone(), finished: false }))
     }
 
     fn abort(&self, target: &AbortTarget) -> usize {
@@ -314,16 +306,10 @@ fn check(request: &GenerateRequest, info: &ModelInfo) -> Result<(), SubmitError>
 
 /// The events of one request. Dropped before the end, it tells the engine that nobody listens.
 struct Events {
-    receiver: mpsc::Receiver<Event>,
+    receiver: Receiver,
     number: u64,
     commands: sync_mpsc::Sender<Command>,
-    ending: Ending,
     finished: bool,
-}
-
-/// The engine always says how a request ended, unless it ended itself.
-fn engine_stopped() -> FinishReason {
-    FinishReason::Aborted(Abort::Failed("the engine has stopped".into()))
 }
 
 impl futures_core::Stream for Events {
@@ -333,12 +319,7 @@ impl futures_core::Stream for Events {
         if self.finished {
             return Poll::Ready(None);
         }
-        let polled = self.receiver.poll_recv(context);
-        let event = match polled {
-            Poll::Pending => return Poll::Pending,
-            Poll::Ready(None) => Event::Finished(self.ending.get().cloned().unwrap_or_else(engine_stopped)),
-            Poll::Ready(Some(event)) => event,
-        };
+        let Poll::Ready(event) = self.receiver.poll_next(context) else { return Poll::Pending };
         self.finished = matches!(event, Event::Finished(_));
         Poll::Ready(Some(event))
     }

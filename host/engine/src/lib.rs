@@ -1,8 +1,8 @@
 //! Runs models: assembles step programs, keeps them compiled, drives the step loop, samples.
 //!
 //! [`start`] loads in the background and returns a handle at once. A thread of its own then runs the model: it takes
-//! requests from a channel, schedules and launches steps, and sends tokens to each request's stream. [`api`] is all
-//! that the HTTP server and the tools see of it.
+//! requests from a channel, schedules and launches steps, and hands each step's tokens to another that puts them into the
+//! streams. [`api`] is all that the HTTP server and the tools see of it.
 //!
 //! Deliberately absent: text (`torus-text`), protocols (`torus-http`), the order of requests (`torus-sched`).
 //!
@@ -18,10 +18,12 @@ mod budget;
 mod compile;
 pub mod config;
 mod core;
+mod delivery;
 mod device;
 mod handle;
 mod kernels;
 mod load;
+mod mailbox;
 mod memory;
 mod null;
 mod pace;
@@ -29,6 +31,7 @@ mod pack;
 mod profile;
 mod program;
 mod request;
+mod requests;
 mod results;
 pub mod roofline;
 mod sampling;

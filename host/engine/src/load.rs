@@ -16,7 +16,7 @@ use crate::{
     device::{DeviceState, Loaders, StepDevice, Target},
     handle::{Shared, lock},
     kernels::{register_host_kernels, register_kernels},
-    program::{Arguments, AssembleError, Rows, StepLayout, WeightMap},
+    program::{Arguments, AssembleError, Rows, StepBytes, StepLayout, WeightMap},
     sink::{self, DeviceSink},
     weight_cache::{self, Keeping},
 };
@@ -87,6 +87,8 @@ pub(crate) struct Loaded {
     pub pages: Vec<Vec<u32>>,
     /// Entries of the table that the next step buffer brings.
     pub pending_pages: Vec<(u32, i32)>,
+    /// The step buffer, whose memory every step uses again.
+    pub buffer: StepBytes,
     /// Writes the packed weights to disk.
     #[expect(dead_code, reason = "held until the engine ends")]
     pub keeping: Option<Keeping>,
@@ -161,6 +163,7 @@ pub(crate) fn load(config: &EngineConfig, shared: &Shared) -> Result<Loaded, Sta
         pages_per_slot: plan.pages_per_slot,
         pages: vec![Vec::new(); plan.max_running],
         pending_pages: Vec::new(),
+        buffer: StepBytes::default(),
         keeping,
         reservation: Some(reservation),
     })

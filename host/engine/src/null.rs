@@ -10,7 +10,7 @@ use crate::{
     device::{NullDevice, StepDevice},
     handle::{Shared, lock},
     load::{Bucket, Loaded},
-    program::{Rows, StepLayout},
+    program::{Rows, StepBytes, StepLayout},
 };
 
 const MAX_RUNNING: usize = 256;
@@ -59,6 +59,7 @@ pub(crate) fn load_null(config: &NullConfig, shared: &Shared) -> Loaded {
         pages_per_slot,
         pages: vec![Vec::new(); max_running],
         pending_pages: Vec::new(),
+        buffer: StepBytes::default(),
         keeping: None,
         reservation: None,
     }

@@ -1,19 +1,17 @@
 //! Fills the step buffer of a batch.
 
-use rustc_hash::FxHashMap;
-
 use torus_pjrt::PjrtError;
-use torus_sched::{Batch, RequestId, Row};
+use torus_sched::{Batch, Row};
 
 use crate::{
     load::Loaded,
     program::{Field, Rows, StepBuffer, flag},
     request::RequestState,
+    requests::{Choice, Requests},
 };
 
-/// A packed step and the program it is for.
+/// Which program a step was packed for. Its bytes are in [`Loaded::buffer`].
 pub(crate) struct Packed {
-    pub bytes: Vec<u8>,
     /// Index of the bucket, for [`Rows::Sampled`].
     pub bucket: usize,
     pub rows: Rows,
@@ -21,15 +19,16 @@ pub(crate) struct Packed {
     pub padding: usize,
 }
 
-/// Packs a batch. Page-table entries that do not fit the buffer are loaded first.
+/// Packs a batch of so many tokens. Page-table entries that do not fit the buffer are loaded first.
 pub(crate) fn pack(
     batch: &Batch,
-    requests: &mut FxHashMap<RequestId, RequestState>,
+    tokens: usize,
+    requests: &Requests,
     loaded: &mut Loaded,
 ) -> Result<Packed, PjrtError> {
-    let tokens = batch.tokens();
     let wants_all = |row: &Row| {
-        let request = requests.get(&row.request);
+        let may_want = requests.slot(row).is_some_and(|slot| slot.wants_prompt_logprobs);
+        let request = requests.of_row(row).filter(|_| may_want);
         request.is_some_and(|r| (row.start..row.start + row.len).any(|at| r.wants_prompt_logprob_after(at)))
     };
     let rows = if batch.rows.iter().any(wants_all) { Rows::All } else { Rows::Sampled };
@@ -37,26 +36,27 @@ pub(crate) fn pack(
     let bucket = fitting.unwrap_or(loaded.buckets.len() - 1);
     let deltas = loaded.program(rows, bucket).layout.deltas;
     load_new_pages(batch, loaded, deltas)?;
+    let mut memory = std::mem::take(&mut loaded.buffer);
     let program = loaded.program(rows, bucket);
     let padding = program.tokens() - tokens;
-    let buffer = StepBuffer::new(&program.layout, loaded.max_running as i32, loaded.vocab as i32);
-    let mut packer = Packer { buffer, loaded, rows, token: 0 };
+    let buffer = StepBuffer::new(&program.layout, &mut memory, loaded.max_running as i32, loaded.vocab as i32);
+    let mut packer = Packer { buffer, loaded, rows, page_size: loaded.shape.page_size as u32, token: 0 };
     for (index, row) in batch.rows.iter().enumerate() {
         packer.add_tokens(index, row);
-        if let Some(request) = requests.get_mut(&row.request) {
-            packer.add_row(index, row, request);
-        }
+        packer.add_row(index, row, requests);
         packer.token += row.len;
     }
     packer.add_ends(batch);
-    Ok(Packed { bytes: packer.buffer.bytes(), bucket, rows, padding })
+    loaded.buffer = memory;
+    Ok(Packed { bucket, rows, padding })
 }
 
 /// Notes the pages that came to each sequence, and puts them into the device's table: with the step buffer, which has
 /// room for `room` of them, or before.
 fn load_new_pages(batch: &Batch, loaded: &mut Loaded, room: usize) -> Result<(), PjrtError> {
-    let mut entries = Vec::new();
-    for row in &batch.rows {
+    let entries = &mut loaded.pending_pages;
+    entries.clear();
+    for row in batch.rows.iter().filter(|row| !row.new_pages.is_empty()) {
         let slot = row.slot.0 as usize;
         let pages = &mut loaded.pages[slot];
         for (index, page) in &row.new_pages {
@@ -69,7 +69,6 @@ fn load_new_pages(batch: &Batch, loaded: &mut Loaded, room: usize) -> Result<(),
         }
     }
     // Most steps bring a page or two, which travel in the step buffer; a long cached prefix does not fit there.
-    loaded.pending_pages = entries;
     if loaded.pending_pages.len() > room {
         let entries = std::mem::take(&mut loaded.pending_pages);
         loaded.state.load_pages(&entries)?;
@@ -81,6 +80,7 @@ struct Packer<'a> {
     buffer: StepBuffer<'a>,
     loaded: &'a Loaded,
     rows: Rows,
+    page_size: u32,
     /// Index of the row's first token.
     token: usize,
 }
@@ -89,13 +89,12 @@ impl Packer<'_> {
     /// What attention needs to know of a row.
     fn add_tokens(&mut self, index: usize, row: &Row) {
         let slot = row.slot.0 as usize;
-        let page_size = self.loaded.shape.page_size as usize;
         let pages = &self.loaded.pages[slot];
         for offset in 0..row.len {
-            let (at, position) = (self.token + offset, row.start + offset);
+            let (at, position) = (self.token + offset, (row.start + offset) as u32);
             // The token that was last sampled in slot k is named by -k-1.
             let source = row.tokens.get(offset).map_or(-(slot as i32) - 1, |token| *token as i32);
-            let kv_slot = pages[position / page_size] as usize * page_size + position % page_size;
+            let kv_slot = pages[(position / self.page_size) as usize] * self.page_size + position % self.page_size;
             self.buffer.set(Field::TokenSrc, at, source);
             self.buffer.set(Field::Positions, at, position as i32);
             self.buffer.set(Field::TokenSeq, at, index as i32);
@@ -107,69 +106,64 @@ impl Packer<'_> {
     }
 
     /// What sampling needs to know of a row, and of its prompt's logprobs.
-    fn add_row(&mut self, index: usize, row: &Row, request: &RequestState) {
+    fn add_row(&mut self, index: usize, row: &Row, requests: &Requests) {
+        let Some(slot) = requests.slot(row) else { return };
         let last = self.token + row.len - 1;
         let at = match self.rows {
             Rows::Sampled => index,
-            Rows::All => {
-                for offset in 0..row.len {
-                    let position = row.start + offset;
-                    self.buffer.set(Field::LogitRows, self.token + offset, (self.token + offset) as i32);
-                    if request.wants_prompt_logprob_after(position) {
-                        let target = request.prompt[position + 1] as i32;
-                        self.buffer.set(Field::Target, self.token + offset, target);
-                        self.want_logprobs(request);
-                    }
-                }
-                last
-            }
+            Rows::All => last,
         };
+        if self.rows == Rows::All {
+            (self.token..=last).for_each(|token| self.buffer.set(Field::LogitRows, token, token as i32));
+            if let Some(request) = requests.of_row(row).filter(|_| slot.wants_prompt_logprobs) {
+                self.add_targets(row, request);
+            }
+        }
         self.buffer.set(Field::LogitRows, at, last as i32);
         if row.samples.is_some() {
             self.buffer.set(Field::Slots, at, row.slot.0 as i32);
-            self.add_sampling(at, row, request);
+            if slot.choice.flags != 0 {
+                self.add_choice(at, row, &slot.choice);
+            }
         }
     }
 
-    fn want_logprobs(&mut self, request: &RequestState) {
-        self.buffer.raise(flag::LOGPROBS);
-        if request.logprobs.top_n > 0 {
-            self.buffer.raise(flag::TOP_LOGPROBS);
+    /// The tokens of a prompt whose logprobs are wanted.
+    fn add_targets(&mut self, row: &Row, request: &RequestState) {
+        for offset in 0..row.len {
+            let position = row.start + offset;
+            if request.wants_prompt_logprob_after(position) {
+                self.buffer.set(Field::Target, self.token + offset, request.prompt[position + 1] as i32);
+                self.buffer.raise(flag::LOGPROBS);
+                self.buffer.raise(if request.logprobs.top_n > 0 { flag::TOP_LOGPROBS } else { 0 });
+            }
         }
     }
 
-    fn add_sampling(&mut self, at: usize, row: &Row, request: &RequestState) {
-        let sampling = &request.sampling;
-        if request.logprobs.output {
-            self.want_logprobs(request);
-        }
-        if request.has_penalties() {
-            self.buffer.raise(flag::PENALTIES);
-            self.buffer.set_f32(Field::RepetitionPenalty, at, sampling.repetition_penalty);
-            self.buffer.set_f32(Field::FrequencyPenalty, at, sampling.frequency_penalty);
-            self.buffer.set_f32(Field::PresencePenalty, at, sampling.presence_penalty);
+    fn add_choice(&mut self, at: usize, row: &Row, choice: &Choice) {
+        self.buffer.raise(choice.flags);
+        if choice.needs(flag::PENALTIES) {
+            self.buffer.set_f32(Field::RepetitionPenalty, at, choice.repetition_penalty);
+            self.buffer.set_f32(Field::FrequencyPenalty, at, choice.frequency_penalty);
+            self.buffer.set_f32(Field::PresencePenalty, at, choice.presence_penalty);
         }
         // Rows of slots whose request has no bias hold what an earlier request left; its flag may be raised by others.
-        if request.has_bias() {
-            self.buffer.raise(flag::BIAS);
+        if choice.needs(flag::BIAS) {
             self.buffer.set(Field::BiasSlots, at, row.slot.0 as i32);
         }
-        if request.greedy() {
+        if !choice.needs(flag::SAMPLE) {
             return;
         }
-        self.buffer.raise(flag::SAMPLE);
-        self.buffer.set_f32(Field::Temperature, at, sampling.temperature);
-        self.buffer.set_f32(Field::MinP, at, sampling.min_p);
-        if sampling.top_k > 0 && (sampling.top_k as usize) < self.loaded.vocab {
-            self.buffer.raise(flag::TOP_K);
-            self.buffer.set(Field::TopK, at, sampling.top_k as i32);
+        self.buffer.set_f32(Field::Temperature, at, choice.temperature);
+        self.buffer.set_f32(Field::MinP, at, choice.min_p);
+        if choice.needs(flag::TOP_K) {
+            self.buffer.set(Field::TopK, at, choice.top_k);
         }
-        if sampling.top_p < 1.0 {
-            self.buffer.raise(flag::TOP_P);
-            self.buffer.set_f32(Field::TopP, at, sampling.top_p);
+        if choice.needs(flag::TOP_P) {
+            self.buffer.set_f32(Field::TopP, at, choice.top_p);
         }
-        self.buffer.set(Field::SeedLow, at, request.seed as u32 as i32);
-        self.buffer.set(Field::SeedHigh, at, (request.seed >> 32) as u32 as i32);
+        self.buffer.set(Field::SeedLow, at, choice.seed as u32 as i32);
+        self.buffer.set(Field::SeedHigh, at, (choice.seed >> 32) as u32 as i32);
         self.buffer.set(Field::SamplePosition, at, (row.start + row.len) as i32);
     }
 

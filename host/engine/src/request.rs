@@ -1,33 +1,27 @@
 //! A request as the engine's thread keeps it: what it asked for, what it got, and when it ends.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    sync::Arc,
-    time::Instant,
-};
-
-use tokio::sync::mpsc::{self, error::TrySendError};
+use std::{collections::BTreeMap, sync::Arc, time::Instant};
 
 use crate::{
-    api::{Abort, Event, FinishReason, LogprobOptions, SamplingParams, TokenLogprob},
-    handle::{Ending, Submission},
+    api::{FinishReason, GenerateRequest, LogprobOptions, SamplingParams, TokenLogprob},
+    mailbox::Prefilled,
     sampling::IN_PROMPT,
 };
 
 pub(crate) struct RequestState {
     pub id: String,
     pub prompt: Arc<[u32]>,
-    /// Tokens sampled and accepted so far.
-    pub output: Vec<u32>,
+    /// Tokens sampled so far.
+    pub generated: usize,
+    /// They themselves, where penalties count them.
+    output: Vec<u32>,
     pub sampling: SamplingParams,
     pub logprobs: LogprobOptions,
     pub seed: u64,
     pub deadline: Option<Instant>,
     /// Tokens that end it.
-    pub stop_tokens: BTreeSet<u32>,
+    stop_tokens: Vec<u32>,
     pub max_new_tokens: usize,
-    /// The slot it was last prepared for; another one means that it was retracted and comes back.
-    pub slot: Option<u32>,
     /// Whether its row of biases still forbids stop tokens (`min_new_tokens`).
     pub stops_forbidden: bool,
     pub cached_tokens: Option<usize>,
@@ -35,17 +29,12 @@ pub(crate) struct RequestState {
     prefilled: bool,
     /// Still counted among those that wait for their first step.
     pub waiting: bool,
-    /// Events not handed to the client yet.
-    unsent: Vec<Event>,
-    events: mpsc::Sender<Event>,
-    ending: Ending,
 }
 
 impl RequestState {
     /// `end_tokens` are the model's; `longest` is the longest prompt plus output; `seed` is for requests without one.
-    pub fn new(submission: Submission, end_tokens: &[u32], longest: usize, seed: u64) -> Self {
-        let request = submission.request;
-        let mut stop_tokens: BTreeSet<u32> = request.sampling.stop_token_ids.iter().copied().collect();
+    pub fn new(request: GenerateRequest, end_tokens: &[u32], longest: usize, seed: u64) -> Self {
+        let mut stop_tokens = request.sampling.stop_token_ids.clone();
         if !request.sampling.ignore_eos {
             stop_tokens.extend(end_tokens);
         }
@@ -55,6 +44,7 @@ impl RequestState {
         let unconditional = TokenLogprob { token: request.prompt[0], logprob: None, top: Vec::new() };
         Self {
             id: request.id,
+            generated: 0,
             output: Vec::new(),
             seed: request.sampling.seed.unwrap_or(seed),
             logprobs: request.logprobs,
@@ -62,14 +52,10 @@ impl RequestState {
             stops_forbidden: false,
             stop_tokens,
             max_new_tokens,
-            slot: None,
             cached_tokens: None,
             prompt_logprobs: if first { vec![unconditional] } else { Vec::new() },
             prefilled: false,
             waiting: true,
-            unsent: Vec::new(),
-            events: submission.events,
-            ending: submission.ending,
             prompt: request.prompt,
             sampling: request.sampling,
         }
@@ -137,49 +123,26 @@ impl RequestState {
         }
     }
 
-    /// Notes for the client that the prompt is done, once.
-    pub fn note_prefilled(&mut self) {
-        if !std::mem::replace(&mut self.prefilled, true) {
-            let prompt_logprobs = std::mem::take(&mut self.prompt_logprobs);
-            let cached_tokens = self.cached_tokens.unwrap_or(0);
-            self.unsent.push(Event::Prefilled { cached_tokens, prompt_logprobs });
+    /// What the client is told of its prompt, once.
+    pub fn take_prefilled(&mut self) -> Option<Prefilled> {
+        if std::mem::replace(&mut self.prefilled, true) {
+            return None;
         }
+        let prompt_logprobs = std::mem::take(&mut self.prompt_logprobs);
+        Some(Prefilled { cached_tokens: self.cached_tokens.unwrap_or(0), prompt_logprobs })
     }
 
     /// Takes a sampled token. Answers why the request ends with it, if it does.
-    pub fn take_token(&mut self, token: TokenLogprob) -> Option<FinishReason> {
-        self.note_prefilled();
-        let id = token.token;
-        self.output.push(id);
-        let logprobs = if self.logprobs.output { vec![token] } else { Vec::new() };
-        self.unsent.push(Event::Tokens { tokens: vec![id], logprobs });
-        let enough = self.output.len() > self.sampling.min_new_tokens as usize;
-        if self.stop_tokens.contains(&id) && enough {
-            return Some(FinishReason::Stop { token: id });
+    pub fn take_token(&mut self, token: u32) -> Option<FinishReason> {
+        self.generated += 1;
+        if self.has_penalties() {
+            self.output.push(token);
         }
-        (self.output.len() >= self.max_new_tokens).then_some(FinishReason::Length)
-    }
-
-    /// Hands the client what was noted for it.
-    pub fn deliver(&mut self) -> Result<(), Abort> {
-        // Its memory is used again for the next step's.
-        let mut unsent = std::mem::take(&mut self.unsent);
-        let sent = unsent.drain(..).try_for_each(|event| self.send(event));
-        self.unsent = unsent;
-        sent
-    }
-
-    /// Says how it ended. A client that is too slow to take this finds it when it has read what is before it.
-    pub fn finish(&mut self, reason: FinishReason) {
-        let _ = self.ending.set(reason.clone());
-        let _ = self.send(Event::Finished(reason));
-    }
-
-    fn send(&mut self, event: Event) -> Result<(), Abort> {
-        self.events.try_send(event).map_err(|refused| match refused {
-            TrySendError::Full(_) => Abort::SlowClient,
-            TrySendError::Closed(_) => Abort::ByUser,
-        })
+        let enough = self.generated > self.sampling.min_new_tokens as usize;
+        if enough && self.stop_tokens.contains(&token) {
+            return Some(FinishReason::Stop { token });
+        }
+        (self.generated >= self.max_new_tokens).then_some(FinishReason::Length)
     }
 }
 
@@ -188,11 +151,10 @@ mod tests {
     use super::*;
     use crate::api::GenerateRequest;
 
-    fn request(sampling: SamplingParams, logprobs: LogprobOptions) -> (RequestState, mpsc::Receiver<Event>) {
-        let (events, receiver) = mpsc::channel(8);
+    fn request(sampling: SamplingParams, logprobs: LogprobOptions) -> RequestState {
         let prompt: Arc<[u32]> = [5, 6, 7].into();
         let request = GenerateRequest { id: "r".into(), prompt, sampling, logprobs, namespace: None, deadline: None };
-        (RequestState::new(Submission { number: 0, request, events, ending: Ending::default() }, &[2], 10, 1), receiver)
+        RequestState::new(request, &[2], 10, 1)
     }
 
     fn token(token: u32) -> TokenLogprob {
@@ -202,52 +164,40 @@ mod tests {
     #[test]
     fn it_ends_at_a_stop_token_but_not_before_the_minimum() {
         let sampling = SamplingParams { min_new_tokens: 1, stop_token_ids: vec![9], ..Default::default() };
-        let (mut state, mut events) = request(sampling, LogprobOptions::default());
+        let mut state = request(sampling, LogprobOptions::default());
         assert!(state.forbids_stops(0) && !state.forbids_stops(1));
-        assert_eq!(state.take_token(token(2)), None);
-        assert_eq!(state.take_token(token(9)), Some(FinishReason::Stop { token: 9 }));
-        assert!(events.try_recv().is_err(), "nothing is sent before it is delivered");
-        state.deliver().unwrap();
-        assert!(matches!(events.try_recv().unwrap(), Event::Prefilled { cached_tokens: 0, .. }));
-        assert_eq!(events.try_recv().unwrap(), Event::Tokens { tokens: vec![2], logprobs: vec![] });
+        assert_eq!(state.take_token(2), None);
+        assert_eq!(state.take_token(9), Some(FinishReason::Stop { token: 9 }));
     }
 
     #[test]
     fn it_ends_when_the_context_is_full() {
-        let (mut state, _events) =
-            request(SamplingParams { ignore_eos: true, ..Default::default() }, Default::default());
+        let mut state = request(SamplingParams { ignore_eos: true, ..Default::default() }, Default::default());
         assert_eq!(state.max_new_tokens, 7);
-        for _ in 0..3 {
-            assert_eq!(state.take_token(token(2)), None);
+        for _ in 0..6 {
+            assert_eq!(state.take_token(2), None);
         }
-        assert_eq!(state.output.len(), 3);
+        assert_eq!(state.take_token(2), Some(FinishReason::Length));
     }
 
     #[test]
-    fn a_client_that_does_not_read_is_told_apart_from_one_that_left() {
-        let (mut state, events) =
-            request(SamplingParams { ignore_eos: true, ..Default::default() }, Default::default());
-        let mut next = || {
-            state.take_token(token(1));
-            state.deliver()
-        };
-        assert_eq!((0..8).find_map(|_| next().err()), Some(Abort::SlowClient));
-        drop(events);
-        assert_eq!(next(), Err(Abort::ByUser));
+    fn penalties_count_the_prompt_and_what_was_generated() {
+        let mut state = request(SamplingParams { frequency_penalty: 0.5, ..Default::default() }, Default::default());
+        [6, 8, 8].into_iter().for_each(|token| assert_eq!(state.take_token(token), None));
+        assert_eq!(state.token_counts(), [(5, IN_PROMPT), (6, IN_PROMPT + 1), (7, IN_PROMPT), (8, 2)]);
     }
 
     #[test]
     fn prompt_logprobs_come_in_order_and_once() {
         let logprobs = LogprobOptions { output: false, top_n: 0, prompt_from: Some(0) };
-        let (mut state, mut events) = request(SamplingParams::default(), logprobs);
+        let mut state = request(SamplingParams::default(), logprobs);
         assert!(state.wants_prompt_logprob_after(0) && state.wants_prompt_logprob_after(1));
         assert!(!state.wants_prompt_logprob_after(2));
         state.take_prompt_logprob(1, token(6));
         state.take_prompt_logprob(1, token(6));
         state.take_prompt_logprob(2, token(7));
-        state.note_prefilled();
-        state.deliver().unwrap();
-        let Event::Prefilled { prompt_logprobs, .. } = events.try_recv().unwrap() else { panic!("no prefill") };
+        let Prefilled { prompt_logprobs, .. } = state.take_prefilled().unwrap();
+        assert!(state.take_prefilled().is_none());
         assert_eq!(prompt_logprobs.iter().map(|t| t.token).collect::<Vec<_>>(), [5, 6, 7]);
         assert_eq!(prompt_logprobs[0].logprob, None);
     }

@@ -4,8 +4,11 @@ use torus_sched::{Outcome, Row};
 
 use crate::{
     api::{Abort, FinishReason, TokenLogprob},
+    delivery::Delivery,
+    mailbox::Note,
     program::{Rows, result},
     request::RequestState,
+    requests::RequestKey,
 };
 
 /// The result of a step: `i32 [rows, result::WIDTH]` as bytes.
@@ -53,23 +56,17 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// Gives a request what a step computed for it, to be delivered to its client. Answers what the scheduler is told, and how
-/// the request ends if the scheduler does not end it by that.
+/// Gives a request what a step computed for it, and notes what its client is told. Answers what the scheduler is told, and
+/// how the request ends if the scheduler does not end it by that.
 pub(crate) fn take(
-    request: &mut RequestState,
+    (key, request): (RequestKey, &mut RequestState),
     row: &Row,
     place: Place,
     reader: &Reader<'_>,
+    delivery: &mut Delivery,
 ) -> (Outcome, Option<FinishReason>) {
     if place.rows == Rows::All {
-        for offset in 0..row.len {
-            let position = row.start + offset;
-            if request.wants_prompt_logprob_after(position) {
-                let token = request.prompt[position + 1];
-                let logprob = reader.logprob(place.first_token + offset, token, request.logprobs.top_n);
-                request.take_prompt_logprob(position + 1, logprob);
-            }
-        }
+        take_prompt_logprobs(request, row, place, reader);
     }
     if row.samples.is_none() {
         return (Outcome::Nothing, None);
@@ -82,25 +79,31 @@ pub(crate) fn take(
         let why = Abort::Failed("the model gave numbers that are none for this request".into());
         return (Outcome::Discarded, Some(FinishReason::Aborted(why)));
     }
+    if let Some(prefilled) = request.take_prefilled() {
+        delivery.note(key, Note::Prefilled(Box::new(prefilled)));
+    }
     if request.max_new_tokens == 0 {
-        request.note_prefilled();
         return (Outcome::Nothing, Some(FinishReason::Length));
     }
     let token = reader.word(at, result::TOKEN) as u32;
-    match request.take_token(reader.logprob(at, token, request.logprobs.top_n)) {
+    let note = match request.logprobs.output {
+        true => Note::TokenWithLogprob(Box::new(reader.logprob(at, token, request.logprobs.top_n))),
+        false => Note::Token(token),
+    };
+    delivery.note(key, note);
+    match request.take_token(token) {
         None => (Outcome::Token(token), None),
         Some(reason) => (Outcome::Finished(token), Some(reason)),
     }
 }
 
-/// Delivers what a step gave a request. If its client does not take it, the request ends.
-pub(crate) fn deliver(
-    request: &mut RequestState,
-    (outcome, ending): (Outcome, Option<FinishReason>),
-) -> (Outcome, Option<FinishReason>) {
-    match (request.deliver(), outcome) {
-        (Ok(()), outcome) => (outcome, ending),
-        (Err(why), Outcome::Token(token)) => (Outcome::Finished(token), Some(FinishReason::Aborted(why))),
-        (Err(why), outcome) => (outcome, Some(FinishReason::Aborted(why))),
+fn take_prompt_logprobs(request: &mut RequestState, row: &Row, place: Place, reader: &Reader<'_>) {
+    for offset in 0..row.len {
+        let position = row.start + offset;
+        if request.wants_prompt_logprob_after(position) {
+            let token = request.prompt[position + 1];
+            let logprob = reader.logprob(place.first_token + offset, token, request.logprobs.top_n);
+            request.take_prompt_logprob(position + 1, logprob);
+        }
     }
 }

@@ -11,6 +11,7 @@ use crate::{
     api::Readiness,
     config::{EngineConfig, LoopConfig, NullConfig},
     core::Core,
+    delivery::Delivery,
     handle::{Command, EngineHandle, Shared},
     load::{Loaded, StartError, load},
     null::load_null,
@@ -78,7 +79,15 @@ fn run(
             return;
         }
     };
-    let core = Core::new(config, loaded, shared.clone());
+    let delivery = match Delivery::start() {
+        Ok(delivery) => delivery,
+        Err(error) => {
+            let message = format!("no thread can be had for the streams: {error}");
+            tracing::error!(model = name, "{message}");
+            return shared.set_readiness(Readiness::Failed { message });
+        }
+    };
+    let core = Core::new(config, loaded, delivery, shared.clone());
     shared.set_readiness(Readiness::Ready);
     tracing::info!(model = name, "the engine is ready");
     core.run(commands);

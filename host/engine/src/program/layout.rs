@@ -178,17 +178,43 @@ impl StepLayout {
     }
 }
 
-/// A step buffer being filled. Starts as a step without tokens: all padding.
-#[derive(Clone, Debug)]
-pub struct StepBuffer<'a> {
-    layout: &'a StepLayout,
+/// The memory of step buffers.
+#[derive(Debug, Default)]
+pub struct StepBytes {
     words: Vec<i32>,
+    bytes: Vec<u8>,
+}
+
+impl StepBytes {
+    /// The bytes to transfer, of the buffer that was filled last.
+    pub fn bytes(&mut self) -> &[u8] {
+        self.bytes.resize(self.words.len() * size_of::<i32>(), 0);
+        for (bytes, word) in self.bytes.as_chunks_mut().0.iter_mut().zip(&self.words) {
+            *bytes = word.to_le_bytes();
+        }
+        &self.bytes
+    }
+}
+
+/// A step buffer being filled. Starts as a step without tokens: all padding.
+#[derive(Debug)]
+pub struct StepBuffer<'a> {
+    /// In the order of [`FIELDS`].
+    fields: [&'a mut [i32]; FIELDS.len()],
 }
 
 impl<'a> StepBuffer<'a> {
     /// `trash_slot` is the slot that no request has.
-    pub fn new(layout: &'a StepLayout, trash_slot: i32, vocab: i32) -> Self {
-        let mut buffer = Self { layout, words: vec![0; layout.len()] };
+    pub fn new(layout: &StepLayout, memory: &'a mut StepBytes, trash_slot: i32, vocab: i32) -> Self {
+        memory.words.clear();
+        memory.words.resize(layout.len(), 0);
+        let mut rest = memory.words.as_mut_slice();
+        let fields = FIELDS.map(|field| {
+            let (words, after) = std::mem::take(&mut rest).split_at_mut(layout.size(field));
+            rest = after;
+            words
+        });
+        let mut buffer = Self { fields };
         let unused_entry = layout.shape.page_table as i32 - 1;
         buffer.field(Field::DeltaIndex).fill(unused_entry);
         buffer.field(Field::Slots).fill(trash_slot);
@@ -201,7 +227,7 @@ impl<'a> StepBuffer<'a> {
     }
 
     pub fn field(&mut self, field: Field) -> &mut [i32] {
-        &mut self.words[self.layout.range(field)]
+        self.fields[field as usize]
     }
 
     pub fn set(&mut self, field: Field, index: usize, value: i32) {
@@ -214,11 +240,6 @@ impl<'a> StepBuffer<'a> {
 
     pub fn raise(&mut self, flag: i32) {
         self.field(Field::Flags)[0] |= flag;
-    }
-
-    /// The bytes to transfer.
-    pub fn bytes(&self) -> Vec<u8> {
-        self.words.iter().flat_map(|word| word.to_le_bytes()).collect()
     }
 }
 
@@ -265,10 +286,21 @@ mod tests {
     #[test]
     fn an_empty_step_is_all_padding() {
         let layout = StepLayout::new(SHAPE, Rows::Sampled);
-        let mut buffer = StepBuffer::new(&layout, 8, 1000);
+        let mut memory = StepBytes::default();
+        // What another step left does not show.
+        StepBuffer::new(&layout, &mut memory, 8, 1000).fields.iter_mut().for_each(|field| field.fill(77));
+        let mut buffer = StepBuffer::new(&layout, &mut memory, 8, 1000);
         assert!(buffer.field(Field::Slots).iter().all(|slot| *slot == 8));
         assert!(buffer.field(Field::DeltaIndex).iter().all(|index| *index == 64));
         assert_eq!(buffer.field(Field::DeltaIndex).len(), 2 + 8);
-        assert_eq!(buffer.bytes().len(), layout.len() * 4);
+        for field in FIELDS {
+            buffer.field(field).fill(field as i32);
+        }
+        let bytes = memory.bytes();
+        assert_eq!(bytes.len(), layout.len() * 4);
+        for field in FIELDS {
+            let words = &bytes.as_chunks().0[layout.range(field)];
+            assert!(words.iter().all(|word| i32::from_le_bytes(*word) == field as i32));
+        }
     }
 }

@@ -11,6 +11,6 @@ mod weights;
 pub use assemble::AssembleError;
 pub(crate) use assemble::{Arguments, Assembler, Program};
 pub use layout::Rows;
-pub(crate) use layout::{Field, StepBuffer, StepLayout, flag, result};
+pub(crate) use layout::{Field, StepBuffer, StepBytes, StepLayout, flag, result};
 pub(crate) use rows::{LOAD_ENTRIES, initial_state, load_pages, load_row};
 pub(crate) use weights::{Place, WeightMap};
