@@ -2,13 +2,16 @@
 //!
 //! Two registers hold 16 tokens' keys or 16 dimensions of values; up to six rows have accumulators for both, and an
 //! element of queries or weights is broadcast from memory. Pairs of bf16 are widened on the way.
+//!
+//! Products with keys fetch the same group's values, those with values the next block's keys, a line for each that is
+//! read: a few rows wait for memory, of which the processor by itself asks for too little at once.
 
 use std::arch::x86_64::*;
 
 use super::{
     STRIP_ROWS,
     pages::{Compute, GROUP},
-    tile::BLOCK_TOKENS,
+    tile::{BLOCK_TOKENS, Next},
 };
 use crate::level::unknown;
 
@@ -57,7 +60,14 @@ pub(super) fn scores<C: Compute>(q: &[f32], rows: usize, head_dim: usize, groups
     }
 }
 
-pub(super) fn weighted<C: Compute>(weights: &[f32], rows: usize, head_dim: usize, groups: &[&[C]], sums: &mut [f32]) {
+pub(super) fn weighted<C: Compute>(
+    weights: &[f32],
+    rows: usize,
+    head_dim: usize,
+    groups: &[&[C]],
+    next: &Next,
+    sums: &mut [f32],
+) {
     assert!((1..=STRIP_ROWS).contains(&rows) && weights.len() >= rows * BLOCK_TOKENS && sums.len() >= rows * head_dim);
     assert!(groups.len() * GROUP <= BLOCK_TOKENS && groups.iter().all(|group| group.len() == 2 * GROUP * head_dim));
     assert!(head_dim.is_multiple_of(16));
@@ -68,7 +78,7 @@ pub(super) fn weighted<C: Compute>(weights: &[f32], rows: usize, head_dim: usize
             // values, of which those of these 16 dimensions lie together (asserted above).
             unsafe {
                 let weights = weights.as_ptr().add(first * BLOCK_TOKENS);
-                for_rows!(count, weigh::<C>, (weights, head_dim, groups, GROUP * (head_dim + start), sums));
+                for_rows!(count, weigh::<C>, (weights, head_dim, groups, GROUP * (head_dim + start), next, sums));
             }
         }
     }
@@ -87,7 +97,8 @@ unsafe fn score<C: Compute, const M: usize, const S: usize>(
     let mut sums = [[[_mm256_setzero_ps(); 2]; M]; S];
     // SAFETY: the caller's promise.
     unsafe {
-        add_products::<C, M, S>(&mut sums, q, head_dim, keys.cast(), head_dim);
+        let values = keys.add(GROUP * head_dim).cast();
+        add_products::<C, M, S>(&mut sums, q, head_dim, keys.cast(), head_dim, values);
         store(&sums, out, BLOCK_TOKENS);
     }
 }
@@ -101,6 +112,7 @@ unsafe fn weigh<C: Compute, const M: usize, const S: usize>(
     head_dim: usize,
     groups: &[&[C]],
     values: usize,
+    next: &Next,
     sums: *mut f32,
 ) {
     let mut held = [[[_mm256_setzero_ps(); 2]; M]; S];
@@ -110,8 +122,9 @@ unsafe fn weigh<C: Compute, const M: usize, const S: usize>(
             *held = plain(sums.add(row * head_dim).cast());
         }
         for (index, group) in groups.iter().enumerate() {
+            let ahead = next[index].wrapping_add((values - GROUP * head_dim) * size_of::<C>());
             let values = group.as_ptr().add(values).cast();
-            add_products::<C, M, S>(&mut held, weights.add(index * GROUP), BLOCK_TOKENS, values, GROUP);
+            add_products::<C, M, S>(&mut held, weights.add(index * GROUP), BLOCK_TOKENS, values, GROUP, ahead);
         }
         store(&held, sums, head_dim);
     }
@@ -136,7 +149,7 @@ unsafe fn store<const M: usize, const S: usize>(sums: &[[Sums; M]; S], out: *mut
 }
 
 /// `sums[row][lane] += sum over i of x[row][i] * w[i][lane]`, for 16 lanes and `len` elements of each row, a multiple
-/// of 16.
+/// of 16. As much as is read is fetched from `ahead`.
 ///
 /// # Safety
 /// `x` points to `M` rows of `len` elements, `stride` apart, `w` to `len` times 16 elements, in pairs of `i` where `C`
@@ -148,9 +161,14 @@ unsafe fn add_products<C: Compute, const M: usize, const S: usize>(
     stride: usize,
     w: *const u8,
     len: usize,
+    ahead: *const u8,
 ) {
     let mut i = 0;
     while i < len {
+        for line in 0..size_of::<C>() {
+            // SAFETY: nothing is read.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add((i / 4 * size_of::<C>() + line) * 64).cast()) };
+        }
         for unrolled in 0..4 {
             // SAFETY: the caller's promise.
             unsafe {

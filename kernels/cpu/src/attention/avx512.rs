@@ -8,7 +8,7 @@ use std::arch::x86_64::*;
 use super::{
     STRIP_ROWS,
     pages::{Compute, GROUP},
-    tile::BLOCK_TOKENS,
+    tile::{BLOCK_TOKENS, Next},
 };
 
 /// Bytes of a register.
@@ -184,7 +184,14 @@ pub(super) fn scores<C: Compute>(q: &[C], rows: usize, head_dim: usize, groups: 
     }
 }
 
-pub(super) fn weighted<C: Compute>(weights: &[C], rows: usize, head_dim: usize, groups: &[&[C]], sums: &mut [f32]) {
+pub(super) fn weighted<C: Compute>(
+    weights: &[C],
+    rows: usize,
+    head_dim: usize,
+    groups: &[&[C]],
+    _: &Next,
+    sums: &mut [f32],
+) {
     assert!((1..=STRIP_ROWS).contains(&rows) && weights.len() >= rows * BLOCK_TOKENS && sums.len() >= rows * head_dim);
     assert!(groups.len() * GROUP <= BLOCK_TOKENS && groups.iter().all(|group| group.len() == 2 * GROUP * head_dim));
     assert!(head_dim.is_multiple_of(16));

@@ -2,7 +2,7 @@
 
 use super::{
     pages::{Compute, GROUP, key_at, value_at},
-    tile::BLOCK_TOKENS,
+    tile::{BLOCK_TOKENS, Next},
 };
 
 pub(super) fn scores<C: Compute>(q: &[C], rows: usize, head_dim: usize, groups: &[&[C]], out: &mut [f32]) {
@@ -18,7 +18,14 @@ pub(super) fn scores<C: Compute>(q: &[C], rows: usize, head_dim: usize, groups: 
     }
 }
 
-pub(super) fn weighted<C: Compute>(weights: &[C], rows: usize, head_dim: usize, groups: &[&[C]], sums: &mut [f32]) {
+pub(super) fn weighted<C: Compute>(
+    weights: &[C],
+    rows: usize,
+    head_dim: usize,
+    groups: &[&[C]],
+    _: &Next,
+    sums: &mut [f32],
+) {
     for (weights, sums) in weights.chunks_exact(BLOCK_TOKENS).zip(sums.chunks_exact_mut(head_dim)).take(rows) {
         for (group, weights) in groups.iter().zip(weights.chunks_exact(GROUP)) {
             let values = &group[GROUP * head_dim..];

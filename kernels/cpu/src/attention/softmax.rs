@@ -85,8 +85,7 @@ pub(super) fn weigh<C: Compute>(
         #[cfg(target_arch = "x86_64")]
         Level::Avx2 => {
             // SAFETY: as above.
-            unsafe { x86::weigh_avx2(scores, visible, params.head_dim, out) };
-            C::narrow(level, scores, weights);
+            unsafe { x86::weigh_avx2(scores, visible, params.head_dim, out, weights) };
         }
         _ => {
             weigh_plain(scores, visible, params.head_dim, out);

@@ -255,7 +255,7 @@ fn all_levels_compute_the_same_products() {
             let results = crate::Level::available().map(|level| {
                 let (mut scores, mut sums) = (vec![0f32; rows * BLOCK_TOKENS], sums.to_vec());
                 tile::products::<C>(level).0(&q, rows, head_dim, &groups, &mut scores);
-                tile::products::<C>(level).1(&weights, rows, head_dim, &groups, &mut sums);
+                tile::products::<C>(level).1(&weights, rows, head_dim, &groups, &[std::ptr::null(); 4], &mut sums);
                 [scores, sums].concat()
             });
             let results: Vec<_> = results.collect();

@@ -120,15 +120,27 @@ impl<'a, K: KvElement> Tile<'a, K> {
                 *block = K::decode(level, elements, scales, decoded);
             }
             let blocks = &blocks[..groups];
+            // The processor does not foresee what lies in other pages.
+            let next = std::array::from_fn(|index| match K::SCALED {
+                true => blocks[index.min(groups - 1)].as_ptr().cast(),
+                false => self.group((end + index * GROUP).min(range.end - 1)).0.as_ptr().cast(),
+            });
             for (strip, out) in out.iter_mut().enumerate() {
                 let strip = self.strip(strip);
-                if strip.is_empty() || self.seen(strip.end - 1).end <= start || self.seen(strip.start).start >= end {
+                if strip.is_empty() {
                     continue;
                 }
+                // The groups of which some row sees something.
+                let first = self.seen(strip.start).start.saturating_sub(start) / GROUP;
+                let last = self.seen(strip.end - 1).end.min(end).saturating_sub(start).div_ceil(GROUP);
+                if first >= last {
+                    continue;
+                }
+                let (blocks, seen) = (&blocks[first..last], start + first * GROUP..end.min(start + last * GROUP));
                 let (q, rows) = (&q[strip.start * head_dim..], strip.len());
                 (products.0)(q, rows, head_dim, blocks, &mut scores);
-                self.softmax(level, strip, start..end, &mut scores, &mut weights, out);
-                (products.1)(&weights, rows, head_dim, blocks, &mut out.sums);
+                self.softmax(level, strip, seen, &mut scores, &mut weights, out);
+                (products.1)(&weights, rows, head_dim, blocks, &next, &mut out.sums);
             }
             start = end;
         }
@@ -156,8 +168,11 @@ impl<'a, K: KvElement> Tile<'a, K> {
 
 /// `scores [rows, BLOCK_TOKENS]` = queries `[rows, head_dim]` times the keys of each group; and
 /// `sums [rows, head_dim]` += weights `[rows, BLOCK_TOKENS]` times the values of each group.
-pub(super) type Products<X, C> = (Product<X, C>, Product<X, C>);
+pub(super) type Products<X, C> = (Product<X, C>, Weighted<X, C>);
 type Product<X, C> = fn(&[X], usize, usize, &[&[C]], &mut [f32]);
+type Weighted<X, C> = fn(&[X], usize, usize, &[&[C]], &Next, &mut [f32]);
+/// Groups whose keys products may fetch meanwhile: the next block's, or any that are in the cache where blocks are copies.
+pub(super) type Next = [*const u8; BLOCK_GROUPS];
 
 /// Products of queries and weights that are rounded as the cache's elements are.
 pub(super) fn products<C: Compute>(level: Level) -> Products<C, C> {

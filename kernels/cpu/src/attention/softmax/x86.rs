@@ -69,12 +69,19 @@ fn exp2_avx512<C: Compute>(mask: u16, x: __m512) -> __m512 {
     _mm512_maskz_scalef_ps(mask, power, x)
 }
 
-/// As [`weigh_avx512`], in place.
+/// As [`weigh_avx512`].
 #[target_feature(enable = "avx2,fma")]
-pub fn weigh_avx2(scores: &mut [f32], visible: &[Range<usize>], head_dim: usize, out: &mut Partial) {
+pub fn weigh_avx2<C: Compute>(
+    scores: &[f32],
+    visible: &[Range<usize>],
+    head_dim: usize,
+    out: &mut Partial,
+    weights: &mut [C],
+) {
     const REGISTERS: usize = BLOCK_TOKENS / 8;
-    let rows = scores.as_chunks_mut::<BLOCK_TOKENS>().0.iter_mut().zip(visible);
-    for (row, (scores, visible)) in rows.enumerate() {
+    assert!(!C::PAIRS, "this level's products take f32");
+    let rows = scores.as_chunks::<BLOCK_TOKENS>().0.iter().zip(weights.as_chunks_mut::<BLOCK_TOKENS>().0);
+    for (row, ((scores, weights), visible)) in rows.zip(visible).enumerate() {
         let mut held: [__m256; REGISTERS] = std::array::from_fn(|part| {
             // SAFETY: the row has so many scores.
             unsafe { _mm256_loadu_ps(scores.as_ptr().add(8 * part)) }
@@ -88,8 +95,8 @@ pub fn weigh_avx2(scores: &mut [f32], visible: &[Range<usize>], head_dim: usize,
         let origin = _mm256_set1_ps(if *peak == f32::NEG_INFINITY { 0.0 } else { *peak });
         for (part, held) in held.iter_mut().enumerate() {
             *held = exp2_avx2(_mm256_sub_ps(*held, origin));
-            // SAFETY: as above.
-            unsafe { _mm256_storeu_ps(scores.as_mut_ptr().add(8 * part), *held) };
+            // SAFETY: as above, and elements that are in no pairs are f32.
+            unsafe { _mm256_storeu_ps(weights.as_mut_ptr().cast::<f32>().add(8 * part), *held) };
         }
         *total += added(fold(held, |one, other| _mm256_add_ps(one, other)));
     }
