@@ -7,7 +7,10 @@ use std::{
     time::Instant,
 };
 
-use futures::{Stream, StreamExt, stream::SelectAll};
+use futures::{
+    Stream, StreamExt,
+    stream::{SelectAll, select_all},
+};
 use torus_engine::api::{GenerateRequest, LogprobOptions, ModelInfo};
 use torus_openai::{CachedTokens, Usage};
 use torus_text::DetokenizeOptions;
@@ -83,9 +86,24 @@ pub(crate) fn check_sequences(app: &App, prompts: usize, n: usize) -> Result<(),
 
 /// The sequences of a request, as a stream of their updates. Dropping it aborts those that have not finished.
 pub(crate) struct Generation {
-    sequences: SelectAll<Sequence>,
+    sequences: Sequences,
     _active: ActiveGuard,
     progress: Progress,
+}
+
+enum Sequences {
+    /// Most requests have one; what follows many costs as much as writing an event.
+    One(Box<Sequence>),
+    Many(SelectAll<Sequence>),
+}
+
+impl Sequences {
+    fn new(mut sequences: Vec<Sequence>) -> Self {
+        match (sequences.len(), sequences.pop()) {
+            (1, Some(sequence)) => Self::One(Box::new(sequence)),
+            (_, last) => Self::Many(select_all(sequences.into_iter().chain(last))),
+        }
+    }
 }
 
 impl Generation {
@@ -96,7 +114,7 @@ impl Generation {
         }
         let active = app.active.register(plan.request_ids)?;
         let deadline = app.request_timeout.map(|timeout| Instant::now() + timeout);
-        let mut sequences = SelectAll::new();
+        let mut sequences = Vec::new();
         let mut progress = Progress::default();
         for prompt in plan.prompts {
             for (copy, id) in prompt.sequence_ids.iter().enumerate() {
@@ -122,7 +140,12 @@ impl Generation {
                 sequences.push(Sequence::new(parts, events));
             }
         }
-        Ok(Self { sequences, _active: active, progress })
+        Ok(Self { sequences: Sequences::new(sequences), _active: active, progress })
+    }
+
+    /// Whether there may be another update at once. A sequence gives all that it has in one.
+    pub fn may_have_more(&self) -> bool {
+        matches!(self.sequences, Sequences::Many(_))
     }
 
     /// Follows all sequences to their ends. Each result is everything of one sequence. The first error among them ends
@@ -165,7 +188,10 @@ impl Stream for Generation {
     type Item = Update;
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context) -> Poll<Option<Update>> {
-        let update = self.sequences.poll_next_unpin(context);
+        let update = match &mut self.sequences {
+            Sequences::One(sequence) => sequence.poll_next_unpin(context),
+            Sequences::Many(sequences) => sequences.poll_next_unpin(context),
+        };
         if let Poll::Ready(Some(update)) = &update {
             self.progress.take(update);
         }

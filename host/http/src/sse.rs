@@ -22,7 +22,7 @@ use bytes::Bytes;
 use futures::{FutureExt, StreamExt};
 use serde::Serialize;
 use tokio::{
-    sync::mpsc::{self, Sender},
+    sync::mpsc::{self, Sender, error::TrySendError},
     time::timeout,
 };
 use tracing::Instrument;
@@ -99,10 +99,12 @@ struct Pump<E> {
 impl<E: Encoder> Pump<E> {
     async fn run(mut self) {
         let mut events = Vec::new();
+        let queue = self.queue.clone();
+        let mut closed = std::pin::pin!(queue.closed());
         loop {
             let update = tokio::select! {
                 biased;
-                () = self.queue.closed() => return,
+                () = &mut closed => return,
                 update = self.generation.next() => update,
             };
             let is_open = match update {
@@ -134,7 +136,8 @@ impl<E: Encoder> Pump<E> {
             if events.len() >= JOINED_BYTES {
                 break;
             }
-            next = self.generation.next().now_or_never().flatten();
+            let more = self.generation.may_have_more().then(|| self.generation.next().now_or_never());
+            next = more.flatten().flatten();
         }
         true
     }
@@ -149,7 +152,12 @@ impl<E: Encoder> Pump<E> {
 
     /// Puts events into the queue. Returns whether the client still takes them.
     async fn send(&mut self, events: Vec<u8>) -> bool {
-        match timeout(self.slow_client_timeout, self.queue.send(events.into())).await {
+        let events = match self.queue.try_send(events.into()) {
+            Ok(()) => return true,
+            Err(TrySendError::Closed(_)) => return false,
+            Err(TrySendError::Full(events)) => events,
+        };
+        match timeout(self.slow_client_timeout, self.queue.send(events)).await {
             Ok(sent) => sent.is_ok(),
             Err(_) => {
                 tracing::warn!("a client reads too slowly; its request is aborted");
