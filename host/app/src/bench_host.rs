@@ -73,7 +73,7 @@ fn progress_bar(args: &HostBenchArgs) -> ProgressBar {
         return ProgressBar::hidden();
     }
     let streamed: usize = args.clients.iter().map(|clients| stream_tokens(*clients, args.stream_tokens)).sum();
-    let bar = ProgressBar::new((2 * args.running.len() * args.steps + streamed) as u64);
+    let bar = ProgressBar::new((2 * args.running.len() * args.steps + streams::ROUNDS * streamed) as u64);
     let style = ProgressStyle::with_template("{msg:34} {bar:40} {percent}%, {elapsed} (about {eta} left)");
     // The template is a constant; a default style would do as well.
     if let Ok(style) = style { bar.with_style(style) } else { bar }
