@@ -146,6 +146,8 @@ pub(crate) enum OpKind {
     IndexCast,
     /// The scalar is promised to be a multiple of this.
     AssumeMultiple(u32),
+    /// The same lanes, whatever was undefined of them now some number.
+    Freeze,
     Broadcast,
     ShapeCast,
     /// Along one axis, which vanishes; the second operand is the neutral vector.
@@ -214,6 +216,7 @@ impl OpKind {
             Self::Bitcast => "bitcast",
             Self::IndexCast => "index_cast",
             Self::AssumeMultiple(_) => "assume_multiple",
+            Self::Freeze => "freeze",
             Self::Broadcast => "broadcast",
             Self::ShapeCast => "shape_cast",
             Self::Reduce(..) => "reduce",

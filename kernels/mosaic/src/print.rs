@@ -161,7 +161,8 @@ impl Printer<'_> {
             OpKind::IndexCast => "arith.index_cast",
             OpKind::AssumeMultiple(_) => "tpu.assume_multiple",
             OpKind::Broadcast => "vector.broadcast",
-            OpKind::ShapeCast => "vector.shape_cast",
+            // To the same shape, which the compiler drops: the hardware's lanes always hold something.
+            OpKind::ShapeCast | OpKind::Freeze => "vector.shape_cast",
             OpKind::Reduce(..) => "vector.multi_reduction",
             OpKind::Iota(_) => "tpu.iota",
             OpKind::Transpose(_) => "tpu.transpose",

@@ -68,6 +68,7 @@ pub(super) fn compute(kind: &OpKind, elem: Elem, operands: &Operands<'_>, out: &
             }
             out.clone_from(operands.register(0));
         }
+        OpKind::Freeze => freeze(operands.register(0), out),
         OpKind::IndexCast | OpKind::ShapeCast => out.clone_from(operands.register(0)),
         OpKind::Reduce(reduction, axis) => product::reduce(*reduction, *axis, elem, operands, out),
         OpKind::Matmul(matmul) => product::matmul(*matmul, operands, out),
@@ -82,6 +83,14 @@ pub(super) fn compute(kind: &OpKind, elem: Elem, operands: &Operands<'_>, out: &
         other => unreachable!("{} is no plain computation", other.name()),
     }
     Ok(())
+}
+
+/// Lanes that are undefined get bits that differ from lane to lane.
+fn freeze(a: &Register, out: &mut Register) {
+    out.dirty = false;
+    for (lane, number) in out.lanes.iter_mut().enumerate() {
+        *number = if a.shadow_of(lane) == 0 { a.lanes[lane] } else { (lane as u32 + 1).wrapping_mul(0x9E37_79B1) };
+    }
 }
 
 fn constant(number: Scalar, elem: Elem) -> u32 {

@@ -44,6 +44,16 @@ impl<'k> Value<'k> {
         })
     }
 
+    /// The same words, of which none is undefined any more: what was is some number, and may be another one each time. For
+    /// kernels in which every number does (weighted with zero, say, if all of them are finite). It costs nothing.
+    #[track_caller]
+    pub fn freeze(self) -> Value<'k> {
+        self.k.value(OpKind::Freeze, &[self], |types| match &types[0] {
+            Type::Vector(tensor) if tensor.elem == Elem::I32 => Ok(types[0].clone()),
+            _ => Err("only vectors of i32 are frozen".to_owned()),
+        })
+    }
+
     /// Promises the compiler that an `i32` is a multiple of `multiple`, which it wants to know of offsets into tiled
     /// memory. The interpreter checks it.
     #[track_caller]

@@ -340,6 +340,12 @@ fn what_depends_on_something_undefined_is() {
     });
     assert_eq!(indices, lanes(7 * 128, 1024));
 
+    let frozen = undefined(|p| {
+        let words = p.k.scratch(VMEM, Elem::I32.of([8, 128]));
+        p.out.store(words.load().freeze().bitcast(Elem::F32));
+    });
+    assert!(frozen.is_empty());
+
     let mask = undefined(|p| {
         p.page.store_at((ds(1, 7), ..), p.k.zeros(Elem::F32.of([7, 128])));
         let zeros = p.k.zeros(Elem::F32.of([8, 128]));
