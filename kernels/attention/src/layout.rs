@@ -9,7 +9,7 @@
 //! |---|---|---|---|
 //! | [`Form::Pairs`] | heads of 128, 256; an even number | head 2u, head 2u+1 | keys by 128 lanes, then values |
 //! | [`Form::Single`] | the same, an odd number | key, value of head u | by 128 lanes |
-//! | [`Form::PairsInLanes`] | heads of 64 | head 2u, head 2u+1 | one: keys in lanes 0 to 63, values in 64 to 127 |
+//! | [`Form::Twins`] | heads of 64 | key, value of head 2u or 2u+1 | one: two heads side by side |
 //! | [`Form::Quads`] | heads of 64, four or a few more | head 4u or 4u+2, head 4u+1 or 4u+3 | keys, values: two heads side by side |
 //! | [`Form::Bytes`] | 8 bits, heads of 128, 256; an even number | key and value of head 2u, key and value of head 2u+1 | by 128 lanes |
 //! | [`Form::ByteQuads`] | 8 bits, heads of 64, a multiple of 4 | the same, heads as in `Quads` | one |
@@ -30,7 +30,7 @@ const SUBLANES: usize = 8;
 pub enum Form {
     Pairs,
     Single,
-    PairsInLanes,
+    Twins,
     Quads,
     Bytes,
     ByteQuads,
@@ -80,7 +80,7 @@ impl Layout {
         let (unit_heads, planes) = match form {
             Form::Pairs => (2, 2 * chunks),
             Form::Single => (1, chunks),
-            Form::PairsInLanes => (2, 1),
+            Form::Twins => (2, 1),
             Form::Quads => (4, 2),
             Form::Bytes => (2, chunks),
             Form::ByteQuads => (4, 1),
@@ -111,9 +111,14 @@ impl Layout {
         self.units * self.planes * self.page * LANES * size_of::<u32>()
     }
 
+    /// Whether the halves of a word are key and value, not two heads.
+    pub fn is_joined(&self) -> bool {
+        matches!(self.form, Form::Single | Form::Twins)
+    }
+
     /// Columns of a page's scores.
     pub fn columns(&self) -> usize {
-        if self.form == Form::Single { self.page } else { 2 * self.page }
+        if self.is_joined() { self.page } else { 2 * self.page }
     }
 
     /// Where a number of a head lies.
@@ -124,7 +129,7 @@ impl Layout {
         let (plane, lane, shift) = match self.form {
             Form::Pairs => (value * self.planes / 2 + chunk, lane, 16 * high),
             Form::Single => (chunk, lane, 16 * value),
-            Form::PairsInLanes => (0, 64 * value + dim, 16 * high),
+            Form::Twins => (0, 64 * high + dim, 16 * value),
             Form::Quads => (value, half + dim, 16 * high),
             Form::Bytes => (chunk, lane, 16 * high + 8 * value),
             Form::ByteQuads => (0, half + dim, 16 * high + 8 * value),
@@ -160,7 +165,7 @@ fn form(spec: &Spec) -> Result<Form, Unsupported> {
             reason: "four heads share a row, so their number must be a multiple of 4",
         }),
         (64, false) if fits_quads => Ok(Form::Quads),
-        (64, false) => Ok(Form::PairsInLanes),
+        (64, false) => Ok(Form::Twins),
         (_, true) if kv_heads.is_multiple_of(2) => Ok(Form::Bytes),
         (_, true) => Err(Unsupported::Feature {
             what: format!("{kv_heads} KV heads of {head_dim} in 8 bits"),
@@ -178,7 +183,7 @@ impl Layout {
     pub fn tokens<'k>(&self, k: &'k Builder, rows: usize) -> Value<'k> {
         let dims = [rows, self.columns()];
         let column = k.iota(dims, 1);
-        if self.form == Form::Single {
+        if self.is_joined() {
             return (column >> 1) + (column & 1) * (self.page as i32 / 2);
         }
         let row = k.iota(dims, 0);
@@ -230,8 +235,8 @@ impl Layout {
     /// Words of two `bf16` each from a plane's words.
     fn halves<'k>(&self, spec: &Spec, words: Value<'k>, part: Part) -> Value<'k> {
         match self.form {
-            Form::Pairs | Form::PairsInLanes | Form::Quads => words,
-            Form::Single => {
+            Form::Pairs | Form::Quads => words,
+            Form::Single | Form::Twins => {
                 let half = self.page / 2;
                 let [low, high] = [0, half].map(|row| words.slice(&[row, 0], &[half, LANES]));
                 match part {
@@ -249,19 +254,21 @@ const HIGH: i32 = 0xFFFF_0000_u32 as i32;
 /// The signs of two halves.
 const SIGNS: i32 = 0x8000_8000_u32 as i32;
 
-/// Two `bf16` from the two bytes of a part. They are the numbers times [`byte_factor`].
+/// Two `bf16` from the two bytes of a part, finite whatever the bytes are. They are the numbers times [`byte_factor`].
 fn widen<'k>(kv: KvFormat, words: Value<'k>, part: Part) -> Value<'k> {
-    let (signs, high) = match part {
-        Part::Key => (words << 8, words << 8),
-        Part::Value => (words, words),
+    let signs = match part {
+        Part::Key => words << 8,
+        Part::Value => words,
     };
     let signs = signs & SIGNS;
-    match kv {
+    match (kv, part) {
         // Exponent and mantissa go to the places of those of a bf16, whose exponent has another bias.
-        KvFormat::Fp8 { .. } => signs | (high.shift_right_logical(4) & 0x07F0_07F0),
+        (KvFormat::Fp8 { .. }, Part::Key) => signs | ((words << 4) & 0x07F0_07F0),
+        (KvFormat::Fp8 { .. }, Part::Value) => signs | (words.shift_right_logical(4) & 0x07F0_07F0),
         // 128 plus the magnitude, as a bf16, less 128.
         _ => {
-            let magnitude = (high.shift_right_logical(8) & 0x007F_007F) | 0x4300_4300;
+            let low = if part == Part::Key { words } else { words.shift_right_logical(8) };
+            let magnitude = (low & 0x007F_007F) | 0x4300_4300;
             let numbers = magnitude.bitcast(Elem::Bf16) - 128.0;
             numbers.bitcast(Elem::I32) | signs
         }

@@ -89,7 +89,7 @@ impl Finder<'_> {
             .trips(self.prefill, self.blocks() as f64)
             .trips(self.parts, share(work.parts, work.edges));
         let is_outer = |index: usize| loops.iter().any(|inner| inner.parent == Some(index));
-        // Those over slots, one by one: all of them write new rows before the loop and wait for it behind it.
+        // Those over slots: before the loop, rows that are copied one by one and then all new ones; behind it the former.
         let side = |before: bool| {
             let main = &loops[self.decode].bundles;
             let plain = move |index: &usize| {
@@ -100,9 +100,9 @@ impl Finder<'_> {
             };
             (0..loops.len()).filter(plain).collect::<Vec<_>>()
         };
-        for side in [side(true), side(false)] {
+        for (before, side) in [(true, side(true)), (false, side(false))] {
             for (i, index) in side.iter().enumerate() {
-                let every = i + 1 == side.len();
+                let every = before && i + 1 == side.len();
                 path = path.trips(*index, if every { work.slots } else { work.scattered } as f64);
             }
         }

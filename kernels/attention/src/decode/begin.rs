@@ -23,7 +23,7 @@ impl<'k> Decode<'_, 'k> {
         let dims = [layout.rows(), LANES];
         let row = k.iota(dims, 0);
         let high = (0..layout.unit_heads)
-            .filter(|head| head % 2 == 1)
+            .filter(|head| head % 2 == 1 && !layout.is_joined())
             .map(|head| {
                 let first = (head * layout.rows_per_head) as i32;
                 row.ge(first) & row.lt(first + layout.rows_per_head as i32)

@@ -25,6 +25,13 @@ pub(super) struct Rows<'k> {
     pub below: Value<'k>,
 }
 
+impl<'k> Rows<'k> {
+    /// How many rows are copied to the ring.
+    fn copied(&self) -> Value<'k> {
+        self.new.map_or(self.old, |_| self.end) - self.from
+    }
+}
+
 /// A page on its way to the ring.
 struct Place<'k> {
     slot: Value<'k>,
@@ -35,49 +42,65 @@ struct Place<'k> {
 }
 
 impl<'k> Decode<'_, 'k> {
-    /// The copies of each slot's query (and new rows, where the state begins with them) to VMEM, or of its output from
-    /// there: those of the run at once.
-    pub(super) fn copy_rows(&self, semaphore: Semaphore<'k>, inputs: bool, visit: &dyn Fn(Dma<'k>)) {
+    /// Starts to copy each slot's query (and new rows, where the state begins with them) to VMEM, or its output from
+    /// there: those of the run at once. Gives how many tokens there are.
+    pub(super) fn copy_rows(&self, semaphore: Semaphore<'k>, inputs: bool) -> Value<'k> {
         let (k, single) = (self.l.k, self.draft == 1);
         let several = |tokens: Dim<'k>, rows: Dim<'k>| {
             let far = self.l.query.at((tokens,));
             if !inputs {
-                return visit(self.out.at((rows,)).copy_to(far, semaphore));
+                return self.out.at((rows,)).copy_to(far, semaphore).start();
             }
-            visit(far.copy_to(self.query.at((rows,)), semaphore));
+            far.copy_to(self.query.at((rows,)), semaphore).start();
             if single {
-                visit(self.l.new.at((.., .., tokens)).copy_to(self.new.at((.., .., rows)), semaphore));
+                self.l.new.at((.., .., tokens)).copy_to(self.new.at((.., .., rows)), semaphore).start();
             }
         };
         let run = if single { self.l.count(RUN) } else { k.i32(0) };
         if single {
             k.when(run.gt(0), || several(ds_dynamic(0, run), ds_dynamic(0, run)));
         }
-        k.for_range(run, self.l.count(SLOTS), &[], |slot, _| {
+        let all = k.for_range(run, self.l.count(SLOTS), &[run], |slot, tokens| {
             let words = self.l.slot(slot);
             match single {
                 true => several(ds(words.token, 1), ds(slot, 1)),
                 false => several(ds_dynamic(words.token, words.new), ds_dynamic(slot * self.draft as i32, words.new)),
             }
-            Vec::new()
+            vec![if single { tokens[0] + 1 } else { tokens[0] + words.new }]
         });
+        all[0]
     }
 
-    /// The copies of the new rows to their pages.
-    pub(super) fn write_new(&self, written: Semaphore<'k>, visit: &dyn Fn(Dma<'k>)) {
+    /// Waits for what [`Self::copy_rows`] started: at once, since semaphores count bytes.
+    pub(super) fn await_rows(&self, semaphore: Semaphore<'k>, inputs: bool, tokens: Value<'k>) {
+        let all = self.query.at((ds_dynamic(0, tokens),));
+        all.copy_to(all, semaphore).wait();
+        if inputs && self.draft == 1 {
+            self.await_new(semaphore, tokens);
+        }
+    }
+
+    /// Waits for copies of so many new rows in all.
+    pub(super) fn await_new(&self, semaphore: Semaphore<'k>, tokens: Value<'k>) {
+        let all = self.l.new.at((.., .., ds_dynamic(0, tokens)));
+        all.copy_to(all, semaphore).wait();
+    }
+
+    /// Starts to copy the new rows to their pages.
+    pub(super) fn write_new(&self, written: Semaphore<'k>) {
         let (l, page) = (self.l, self.l.spec.page_size as i32);
         l.k.for_range(0, l.count(SLOTS), &[], |slot, _| {
             let words = l.slot(slot);
             let row = words.old & (page - 1);
             if self.draft == 1 {
                 let to = l.pool.at((words.page, .., .., ds(row, 1)));
-                visit(self.new.at((.., .., ds(slot, 1))).copy_to(to, written));
+                self.new.at((.., .., ds(slot, 1))).copy_to(to, written).start();
                 return Vec::new();
             }
             let fit = words.new.min(l.k.i32(page) - row);
             let part = |token: Value<'k>, number: Value<'k>, row: Value<'k>, rows: Value<'k>| {
                 let from = l.new.at((.., .., ds_dynamic(token, rows)));
-                visit(from.copy_to(l.pool.at((number, .., .., ds_dynamic(row, rows))), written));
+                from.copy_to(l.pool.at((number, .., .., ds_dynamic(row, rows))), written).start();
             };
             part(words.token, words.page, row, fit);
             let rest = words.new - fit;
@@ -139,20 +162,27 @@ impl<'k> Decode<'_, 'k> {
     /// Starts to copy a group's pages to the ring, if there is such a group. The first groups are known before the queue
     /// is there.
     pub(super) fn fetch(&self, group: Value<'k>, source: Source) {
-        let (k, pages) = (self.l.k, self.l.tuning.pages);
+        let k = self.l.k;
         let exists = group.lt(self.groups);
-        if self.draft == 1 {
-            let all = || (0..pages).for_each(|page| self.copy_old(&self.place(group, page, source)));
-            return k.when(exists, all);
-        }
-        // One condition for each copy: a branch around several would split the schedule.
         let group = group.min(self.groups - 1);
-        for page in 0..pages {
-            let place = self.place(group, page, source);
-            let Rows { from, old, end, .. } = place.rows;
-            k.when(exists & old.gt(from), || self.copy_old(&place));
-            k.when(exists & end.gt(old), || self.copy_new(&place));
+        let places: Vec<_> = (0..self.l.tuning.pages).map(|page| self.place(group, page, source)).collect();
+        // One condition for each copy, and, where the copy exists for every page, nothing else under it: a branch would
+        // split the schedule.
+        for place in &places {
+            let Rows { from, old, new, end, .. } = place.rows;
+            match new {
+                None => {
+                    let copy = self.old_copy(place);
+                    k.when(exists, || copy.start());
+                }
+                Some(token) => {
+                    k.when(exists & old.gt(from), || self.old_copy(place).start());
+                    k.when(exists & end.gt(old), || self.new_copy(place, token).start());
+                }
+            }
         }
+        let copied = places.iter().map(|place| place.rows.copied()).reduce(|a, b| a + b);
+        self.expected.set((self.ring_slot(group),), copied.unwrap_or(group));
     }
 
     fn place(&self, group: Value<'k>, page: usize, source: Source) -> Place<'k> {
@@ -167,34 +197,29 @@ impl<'k> Decode<'_, 'k> {
         Place { slot: self.ring_slot(group), page, number, rows: self.rows_of_item(item) }
     }
 
-    /// Rows of the pool's.
-    fn copy_old(&self, place: &Place<'k>) {
+    /// The copy of rows of the pool's.
+    fn old_copy(&self, place: &Place<'k>) -> Dma<'k> {
         let Rows { from, old, .. } = place.rows;
         let pool = self.l.pool.at((place.number, .., .., ds_dynamic(from, old - from)));
-        self.copy_to_ring(pool, place, from, old - from);
+        self.copy_to_ring(pool, place, from, old - from)
     }
 
-    /// Rows of new tokens, where they go through the ring.
-    fn copy_new(&self, place: &Place<'k>) {
-        let Rows { old, end, new: Some(token), .. } = place.rows else { return };
+    /// The copy of rows of new tokens, from this one on, where they go through the ring.
+    fn new_copy(&self, place: &Place<'k>, token: Value<'k>) -> Dma<'k> {
+        let Rows { old, end, .. } = place.rows;
         let new = self.l.new.at((.., .., ds_dynamic(token, end - old)));
-        self.copy_to_ring(new, place, old, end - old);
+        self.copy_to_ring(new, place, old, end - old)
     }
 
-    fn copy_to_ring(&self, source: Ref<'k>, place: &Place<'k>, from: Value<'k>, rows: Value<'k>) {
+    fn copy_to_ring(&self, source: Ref<'k>, place: &Place<'k>, from: Value<'k>, rows: Value<'k>) -> Dma<'k> {
         let to = self.ring.at((place.slot, place.page, .., .., ds_dynamic(from, rows)));
-        source.copy_to(to, self.arrived.at((place.slot,))).start();
+        source.copy_to(to, self.arrived.at((place.slot,)))
     }
 
     /// One wait for all pages of a group.
     pub(super) fn await_group(&self, group: Value<'k>) {
         let (layout, tuning, slot) = (self.l.layout, self.l.tuning, self.ring_slot(group));
-        let copied = |page: usize| {
-            let Rows { from, old, new, end, .. } = self.rows_of(group, page);
-            new.map_or(old, |_| end) - from
-        };
-        let rows = (0..tuning.pages).map(copied).reduce(|a, b| a + b);
-        let rows = rows.unwrap_or(group) * (layout.units * layout.planes) as i32;
+        let rows = self.expected.get((slot,)) * (layout.units * layout.planes) as i32;
         let all = tuning.pages * layout.units * layout.planes * layout.page;
         let all = self.ring.reshape(&[tuning.ring, all, LANES]).at((slot, ds_dynamic(0, rows)));
         all.copy_to(all, self.arrived.at((slot,))).wait();

@@ -39,6 +39,8 @@ struct Decode<'l, 'k> {
     out: Ref<'k>,
     /// `[groups, pages, units, planes, page, 128]`
     ring: Ref<'k>,
+    /// Rows of each group in the ring that were copied or are on their way, in SMEM.
+    expected: Ref<'k>,
     arrived: Semaphore<'k>,
 }
 
@@ -72,6 +74,7 @@ impl<'l, 'k> Decode<'l, 'k> {
             new: k.scratch(Space::Vmem, Elem::I32.of([layout.units, layout.planes, slots, LANES])),
             out: k.scratch(Space::Vmem, Elem::Bf16.of(rows)),
             ring: k.scratch(Space::Vmem, Elem::I32.of(ring)),
+            expected: k.scratch(Space::Smem, Elem::I32.of([tuning.ring])),
             arrived: k.dma_semaphores(&[tuning.ring]),
         }
     }
@@ -80,10 +83,10 @@ impl<'l, 'k> Decode<'l, 'k> {
         let k = self.l.k;
         (0..self.ahead()).for_each(|group| self.fetch(k.i32(group), Source::Head));
         let [inputs, written, outputs] = [0; 3].map(|_| k.dma_semaphores(&[]));
-        self.copy_rows(inputs, true, &|copy| copy.start());
+        let tokens = self.copy_rows(inputs, true);
         self.l.await_queue();
-        self.copy_rows(inputs, true, &|copy| copy.wait());
-        self.write_new(written, &|copy| copy.start());
+        self.await_rows(inputs, true, tokens);
+        self.write_new(written);
         self.await_group(k.i32(0));
         let mut carried: Vec<_> = self.scores(k.i32(0)).concat();
         let scores = carried.len();
@@ -97,9 +100,9 @@ impl<'l, 'k> Decode<'l, 'k> {
             let (scores, states) = carried.split_at(scores);
             self.iteration(group, scores, states)
         });
-        self.copy_rows(outputs, false, &|copy| copy.start());
-        self.copy_rows(outputs, false, &|copy| copy.wait());
-        self.write_new(written, &|copy| copy.wait());
+        self.copy_rows(outputs, false);
+        self.await_rows(outputs, false, tokens);
+        self.await_new(written, tokens);
     }
 
     fn iteration(&self, group: Value<'k>, scores: &[Value<'k>], states: &[Value<'k>]) -> Vec<Value<'k>> {

@@ -5,7 +5,7 @@ use torus_mosaic::{Elem, Value, ds};
 use super::Decode;
 use crate::{
     launch::{LEAST, LOG2_E},
-    layout::{Form, LANES, Part, byte_factor},
+    layout::{LANES, Part, byte_factor},
     queue::Item,
     spec::KvFormat,
 };
@@ -21,17 +21,26 @@ impl<'k> Decode<'_, 'k> {
         self.l.layout.keys(self.l.spec, &self.words(group, page, unit, Part::Key))
     }
 
-    /// A page's values, zero in rows that were not copied: the ring may hold anything there.
+    /// A page's values, finite in rows that were not copied: the ring may hold anything there, and weights are 0.
     fn values(&self, group: Value<'k>, page: usize, unit: usize) -> Value<'k> {
+        let words = self.words(group, page, unit, Part::Value);
+        let words: Vec<_> = match self.l.spec.kv {
+            KvFormat::Bf16 => {
+                let copied = self.copied(group, page);
+                words.into_iter().map(|words| copied.select(words, 0)).collect()
+            }
+            // Whatever eight bits are, they stand for a finite number.
+            KvFormat::Fp8 { .. } | KvFormat::Int8 { .. } => words.into_iter().map(|words| words.freeze()).collect(),
+        };
+        self.l.layout.values(self.l.spec, &words)
+    }
+
+    /// Which of a page's rows were copied to the ring.
+    fn copied(&self, group: Value<'k>, page: usize) -> Value<'k> {
         let rows = self.rows_of(group, page);
         let row = self.l.k.iota([self.l.layout.page, LANES], 0);
-        let mut counts = row.lt(rows.end);
-        if rows.low.is_some() {
-            counts = counts & row.ge(rows.from);
-        }
-        let words = self.words(group, page, unit, Part::Value);
-        let words: Vec<_> = words.into_iter().map(|words| counts.select(words, 0)).collect();
-        self.l.layout.values(self.l.spec, &words)
+        let copied = row.lt(rows.end);
+        if rows.low.is_some() { copied & row.ge(rows.from) } else { copied }
     }
 
     /// What products of queries and keys are as powers of two.
@@ -99,10 +108,10 @@ impl<'k> Decode<'_, 'k> {
         (0..pages).step_by(2).flat_map(of_pair).collect()
     }
 
-    /// Whether two pages are multiplied at once, each with its own rows: a page of one head alone fills but half of the
-    /// matrix unit.
+    /// Whether two pages are multiplied at once, each with its own rows: a page without columns of other heads fills but
+    /// half of the matrix unit.
     fn in_pairs(&self) -> bool {
-        self.l.layout.form == Form::Single
+        self.l.layout.is_joined()
     }
 
     /// Whether tokens are seen, where an operand says which new tokens see each other.

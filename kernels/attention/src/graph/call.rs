@@ -83,15 +83,18 @@ impl<'f> Glue<'f, '_> {
         let width = self.layout.width() as u64;
         let place = |rows: Value<'f>, at: u64| rows.pad(HEAD_DIM, at, width - rows.size(HEAD_DIM) - at, 0);
         match self.layout.form {
-            Form::Quads | Form::ByteQuads => {
-                let halves: Vec<_> = [0, 2]
-                    .iter()
-                    .map(|head| place(rows.slice(UNIT_HEADS, *head..head + 2), lane(*head as usize)))
-                    .collect();
-                self.f.concatenate(UNIT_HEADS, &halves)
+            Form::Twins | Form::Quads | Form::ByteQuads => {
+                let of_half = |(head, rows): (usize, Value<'f>)| place(rows, lane(head));
+                self.f.concatenate(UNIT_HEADS, &self.halves(rows).map(of_half))
             }
             _ => place(rows, lane(0)),
         }
+    }
+
+    /// A unit's heads in the lower half of the lanes, then those in the upper one, each with its first head.
+    fn halves(&self, rows: Value<'f>) -> [(usize, Value<'f>); 2] {
+        let heads = self.layout.unit_heads / 2;
+        [0, heads].map(|head| (head, rows.slice(UNIT_HEADS, head as u64..(head + heads) as u64)))
     }
 
     /// The kernel's rows as `[tokens, q_heads, head_dim]`.
@@ -104,9 +107,8 @@ impl<'f> Glue<'f, '_> {
             rows.slice(HEAD_DIM, lane..lane + head_dim as u64)
         };
         let rows = match self.layout.form {
-            Form::Quads | Form::ByteQuads => {
-                let halves = [0, 2].map(|head| take(rows.slice(UNIT_HEADS, head..head + 2), head as usize));
-                self.f.concatenate(UNIT_HEADS, &halves)
+            Form::Twins | Form::Quads | Form::ByteQuads => {
+                self.f.concatenate(UNIT_HEADS, &self.halves(rows).map(|(head, rows)| take(rows, head)))
             }
             _ => take(rows, 0),
         };
@@ -129,10 +131,7 @@ impl<'f> Glue<'f, '_> {
                 let parts = [key, value].map(|part| self.by_plane(self.heads(part).squeeze(HALVES)));
                 self.f.concatenate(PLANES, &parts)
             }
-            Form::PairsInLanes => {
-                let parts = [key, value].map(|part| self.heads(part).squeeze(HALVES));
-                self.by_plane(self.f.concatenate(HEAD_DIM, &parts))
-            }
+            Form::Twins => self.by_plane((key | (value << 16)).merge(&[UNIT_HEADS, HEAD_DIM], HEAD_DIM)),
             Form::Quads => {
                 let parts = [key, value].map(|part| self.by_plane(self.side_by_side(self.heads(part))));
                 self.f.concatenate(PLANES, &parts)

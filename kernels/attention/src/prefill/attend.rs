@@ -7,7 +7,7 @@ use torus_mosaic::{Dim, Elem, Position, Value, ds};
 
 use crate::{
     launch::{LEAST, LOG2_E},
-    layout::{Form, LANES, Part},
+    layout::{LANES, Part},
 };
 
 use super::{
@@ -107,10 +107,10 @@ impl<'k> Prefill<'_, 'k> {
             let chunks: Vec<_> = words.iter().map(chunk).collect();
             if chunks.len() == 1 { chunks[0] } else { chunks[0].concatenate(&chunks[1..], 1) }
         };
-        let single = layout.form == Form::Single;
-        let halves = if single { 1 } else { 2 };
+        let joined = layout.is_joined();
+        let halves = if joined { 1 } else { 2 };
         let of_half: Vec<_> = (0..halves)
-            .map(|half| Matrices { keys: matrix(&keys, half == 1), values: matrix(&values, half == 1 || single) })
+            .map(|half| Matrices { keys: matrix(&keys, half == 1), values: matrix(&values, half == 1 || joined) })
             .collect();
         (0..layout.unit_heads).map(|head| of_half[head % halves]).collect()
     }
