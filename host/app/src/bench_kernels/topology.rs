@@ -79,8 +79,36 @@ struct Line {
     /// One iteration of decode's loop, or of a chunk's where it takes a whole block.
     inner: Usage,
     modelled: Modelled,
+    bound: Bound,
     /// Why it takes longer than [`NEAR`] of its floor.
-    reasons: Vec<&'static str>,
+    reasons: Vec<String>,
+}
+
+/// What a kernel's time is made of beside its bytes, as multiples of its floor.
+struct Bound {
+    /// The unit with the most to do in the loops, and the cycles in which it could do it.
+    unit: Unit,
+    unit_of_floor: f64,
+    /// Cycles outside of the loops, latencies of DMA, and the last iterations.
+    outside_of_floor: f64,
+}
+
+impl Bound {
+    fn new(main: &Usage, modelled: &Modelled) -> Self {
+        let (unit, share) = main.busiest();
+        let floor = modelled.floor();
+        let outside = modelled.cycles - modelled.memory.max(main.cycles);
+        Self { unit, unit_of_floor: share * main.cycles / floor, outside_of_floor: outside / floor }
+    }
+
+    fn reason(&self) -> String {
+        format!(
+            "{} alone needs {:.2} of the floor, latencies and what is outside of the loops {:.2}",
+            self.unit.name(),
+            self.unit_of_floor,
+            self.outside_of_floor
+        )
+    }
 }
 
 /// Up to this multiple of its floor a kernel needs no excuse.
@@ -104,13 +132,21 @@ impl Case {
             Ok(Part { work, path: schedule.run(&route.path).cycles, last })
         });
         let modelled = chip.model(&work, &parts.collect::<anyhow::Result<Vec<_>>>()?);
+        let main = route.main(schedule);
+        let bound = Bound::new(&main, &modelled);
+        let mut reasons = Vec::new();
+        if modelled.ratio() > NEAR {
+            reasons.push(bound.reason());
+            reasons.extend(self.reasons(batch).into_iter().map(str::to_owned));
+        }
         Ok(Line {
             name: format!("{} {}", self.name, batch.name),
             work,
-            loop_cycles: route.main(schedule).cycles,
+            loop_cycles: main.cycles,
             path_cycles: schedule.run(&route.path).cycles,
             inner: schedule.usage(inner),
-            reasons: if modelled.ratio() > NEAR { self.reasons(batch) } else { Vec::new() },
+            reasons,
+            bound,
             modelled,
         })
     }
@@ -155,6 +191,9 @@ impl Line {
             "loop_of_floor": self.loop_cycles / self.modelled.floor(),
             "modelled_cycles": self.modelled.cycles,
             "modelled_of_floor": self.modelled.ratio(),
+            "busiest": self.bound.unit.name(),
+            "busiest_of_floor": self.bound.unit_of_floor,
+            "outside_of_floor": self.bound.outside_of_floor,
             "reasons": self.reasons,
         })
     }

@@ -103,7 +103,7 @@ impl Case {
         let decodes = batch.sequences.iter().any(|sequence| sequence.new <= self.shape.draft);
         let wide = generation != Generation::V5e;
         let reasons = [
-            (head_dim == 64, "a key or a value of 64 takes 128 lanes of a product"),
+            (head_dim == 64 && prefills, "a key or a value of 64 takes 128 lanes of a product"),
             (kv != KvFormat::Bf16, "8 bits are half of the bytes for the same products, and are widened before them"),
             (
                 decodes && prefills,

@@ -1,16 +1,18 @@
 //! What is added to a schedule: bandwidth, and the latencies that no schedule shows.
 
-use anyhow::bail;
+use std::str::FromStr;
+
+use anyhow::Context;
 use serde_json::{Value, json};
 use torus_attention::Work;
+use torus_engine::roofline::{self, Topology};
 use torus_mosaic::Generation;
 
-/// One core of a generation of TPU, in the maker's numbers.
+/// One core of a generation of TPU.
 pub struct Chip {
     pub generation: Generation,
     pub hertz: f64,
-    bytes_per_second: f64,
-    flops_per_second: f64,
+    chip: &'static roofline::Chip,
 }
 
 /// Cycles from the start of a part's first DMA to its data.
@@ -50,14 +52,16 @@ impl Modelled {
 impl Chip {
     /// `v6e:2x2` is four chips of which each runs a kernel of its own.
     pub fn of_topology(name: &str) -> anyhow::Result<Self> {
-        let (generation, hertz, bytes_per_second, flops_per_second) = match name.split(':').next() {
-            Some("v5e") => (Generation::V5e, 1.5e9, 819e9, 197e12),
-            Some("v6e") => (Generation::V6e, 1.75e9, 1640e9, 918e12),
-            // A chip has two cores, and a kernel runs on one.
-            Some("tpu7x") => (Generation::Tpu7x, 2.2e9, 7380e9 / 2.0, 2307e12 / 2.0),
-            _ => bail!("--topology {name}: kernels are costed for v5e, v6e and tpu7x, such as v6e:1x1"),
+        let chip = Topology::from_str(name).context("--topology")?.chip;
+        let generation = Generation::from_device_kind(chip.device_kind).with_context(|| {
+            format!("--topology {name}: kernels are costed for v5e, v6e and tpu7x, such as v6e:1x1")
+        })?;
+        let hertz = match generation {
+            Generation::V5e => 1.5e9,
+            Generation::V6e => 1.75e9,
+            Generation::Tpu7x => 2.2e9,
         };
-        Ok(Self { generation, hertz, bytes_per_second, flops_per_second })
+        Ok(Self { generation, hertz, chip })
     }
 
     /// What the numbers rest on, for whoever reads them.
@@ -65,8 +69,8 @@ impl Chip {
         [
             format!(
                 "Floors of one core: {:.0} GB/s for all bytes that DMAs move, {:.0} TFLOP/s for products of seen tokens.",
-                self.bytes_per_second / 1e9,
-                self.flops_per_second / 1e12
+                self.chip.hbm_bytes_per_s / 1e9,
+                self.chip.bf16_flops_per_s / 1e12
             ),
             format!(
                 "Modelled: {START:.0} cycles to start; for decode, then for prefill, {FIRST_DMA:.0} for the first DMA and the \
@@ -79,8 +83,8 @@ impl Chip {
     pub fn json(&self) -> Value {
         json!({
             "hertz": self.hertz,
-            "bytes_per_second": self.bytes_per_second,
-            "flops_per_second": self.flops_per_second,
+            "bytes_per_second": self.chip.hbm_bytes_per_s,
+            "flops_per_second": self.chip.bf16_flops_per_s,
             "assumed_cycles": {"first_dma": FIRST_DMA, "start": START, "end": END},
             "assumptions": self.assumptions(),
         })
@@ -91,7 +95,7 @@ impl Chip {
     }
 
     fn bytes(&self, bytes: u64) -> f64 {
-        bytes as f64 / self.bytes_per_second * self.hertz
+        bytes as f64 / self.chip.hbm_bytes_per_s * self.hertz
     }
 
     /// The time of a launch that does this work in these parts.
@@ -102,7 +106,7 @@ impl Chip {
         };
         Modelled {
             memory: self.memory(work),
-            arithmetic: work.flops as f64 / self.flops_per_second * self.hertz,
+            arithmetic: work.flops as f64 / self.chip.bf16_flops_per_s * self.hertz,
             cycles: START + parts.iter().map(of_part).sum::<f64>() + END,
         }
     }
@@ -118,7 +122,9 @@ mod tests {
         // Two KV heads of 128 in bf16: 1.09 cycles per token.
         assert!((chip.bytes(1024) - 1.0927).abs() < 1e-3);
         assert_eq!(Chip::of_topology("tpu7x:1x1x1").unwrap().generation, Generation::Tpu7x);
-        assert!(Chip::of_topology("v4:2x2").err().unwrap().to_string().contains("v4:2x2"));
+        for unknown in ["v4:2x2", "v5p:2x2x1"] {
+            assert!(format!("{:#}", Chip::of_topology(unknown).err().unwrap()).contains(unknown));
+        }
     }
 
     #[test]
