@@ -14,7 +14,7 @@ use std::{
 use serde_json::{Value, from_value, json};
 use tempfile::TempDir;
 use torus_abi::{
-    TensorType,
+    DType, TensorType,
     attention::{AttentionQuery, EmitAttention},
     fault::{Fault, FaultCode},
     fragment::{Import, Operation},
@@ -72,6 +72,26 @@ fn plugins_of_released_layouts_work_with_todays_host() {
 #[test]
 fn the_plugin_of_the_next_layout_works_with_todays_host() {
     exercise(&load(&crate::plugins::library("abi_today")));
+}
+
+/// What came after them is told to old plugins in messages that they cannot read, or must be refused for them.
+#[test]
+fn a_cache_that_old_plugins_do_not_know_is_refused_for_them_alone() {
+    for (name, _) in RELEASED {
+        let mut registry = crate::support::linked_plugins();
+        let (folder, copied) = copy(&data().join(format!("{name}.so")));
+        registry.load(&copied, &LibraryCache::new(folder.path().join("cache"))).unwrap();
+        let query = AttentionQuery { kv_dtype: DType::F8E4M3, sets_scales: true, ..attention_query(None, None, 1) };
+        let queries = [query];
+        let refused = registry.attention(Some(name), &queries).unwrap_err().to_string();
+        assert!(refused.contains("was built before there were caches of f8e4m3fn: build it anew"), "{refused}");
+        let (chosen, answers) = registry.attention(None, &queries).unwrap();
+        assert_eq!((chosen.name(), answers[0].scales), ("native", Some(2)));
+        // Of a cache that they know they keep the answer, whatever else the host offers.
+        let known = AttentionQuery { sets_scales: true, ..attention_query(None, None, 1) };
+        let (_, answers) = registry.attention(Some(name), &[known]).unwrap();
+        assert_eq!((answers[0].score, answers[0].scales), (1, None));
+    }
 }
 
 fn exercise(plugin: &Plugin) {

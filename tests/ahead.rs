@@ -27,8 +27,12 @@ fn json(output: &Output) -> Value {
 
 /// A model of two layers and a small vocabulary in a folder.
 fn two_layers(name: &str, folder: &Path) -> String {
+    layers(2, name, folder)
+}
+
+fn layers(count: usize, name: &str, folder: &Path) -> String {
     let mut config: Value = serde_json::from_slice(&std::fs::read(shape(name)).unwrap()).unwrap();
-    config["num_hidden_layers"] = json!(2);
+    config["num_hidden_layers"] = json!(count);
     config["vocab_size"] = json!(4096);
     if config["model_type"] == "gemma3_text" {
         // One of each kind.
@@ -89,6 +93,56 @@ fn a_step_of_each_kind_compiles_for_two_generations() {
     let model = two_layers("qwen3-8b", folder.path());
     for topology in ["v6e:1x1", "tpu7x:1x1x1"] {
         check_programs(&compile(&model, topology, folder.path(), SMALL), 3);
+    }
+}
+
+/// With caches of 8 bits, half of the pool; each layer's scales are updated in place as well.
+#[test]
+fn caches_of_8_bits_compile() {
+    let folder = tempfile::tempdir().unwrap();
+    let decode = SMALL.replace("--steps 8,64", "--steps 8");
+    let model = two_layers("qwen3-8b", folder.path());
+    let of = |dtype: &str| {
+        let options = format!("{decode} --attention-backend fa --kv-cache-dtype {dtype}");
+        compile(&model, "v6e:1x1", folder.path(), &options)
+    };
+    // Keys and values of 2 layers, 8 heads of 128, 32 pages and the one of nobody.
+    let pool = 2 * 2 * 8 * 128 * 33 * 128;
+    for dtype in ["fp8_e4m3", "int8"] {
+        let narrow = of(dtype);
+        check_programs(&narrow, 1);
+        assert_eq!(narrow["pool_bytes"], pool, "{narrow}");
+        assert_eq!(narrow["programs"][0]["custom_calls"]["tpu_custom_call"], 2, "{narrow}");
+    }
+}
+
+#[test]
+fn layers_in_loops_compile_with_the_scales_of_each() {
+    let folder = tempfile::tempdir().unwrap();
+    let options = SMALL.replace("--steps 8,64", "--steps 8") + " --compile-mode fast --kv-cache-dtype fp8_e4m3";
+    let report = compile(&layers(4, "qwen3-8b", folder.path()), "v6e:1x1", folder.path(), &options);
+    check_programs(&report, 1);
+    // One body for all of them.
+    assert_eq!(report["programs"][0]["custom_calls"]["tpu_custom_call"], 1, "{report}");
+}
+
+#[test]
+fn a_plan_with_a_cache_of_8_bits_holds_twice_the_tokens_and_reads_half() {
+    let plan_of = |dtype: &str| {
+        let options =
+            ["--batch-size", "64", "--context", "4096", "--attention-backend", "fa", "--kv-cache-dtype", dtype];
+        let (fits, plan) = plan("qwen3-8b", "v6e:1x1", &options);
+        assert!(fits, "{plan}");
+        let of = |value: &Value| value.as_f64().unwrap_or_else(|| panic!("{plan}"));
+        let (fit, case) = (&plan["fit"], &plan["cases"][0]);
+        [&fit["kv_bytes_per_token"], &fit["kv_tokens"], &case["kv_read_bytes"], &case["step_s"]].map(of)
+    };
+    let [token, tokens, read, step] = plan_of("bf16");
+    for dtype in ["fp8_e4m3", "int8"] {
+        let narrow = plan_of(dtype);
+        assert_eq!((2.0 * narrow[0], 2.0 * narrow[2]), (token, read));
+        // Two pages are lost to rounding and to what nobody owns.
+        assert!((narrow[1] - 2.0 * tokens).abs() <= 256.0 && narrow[3] < step, "{narrow:?} {tokens} {step}");
     }
 }
 

@@ -55,6 +55,7 @@ impl Attention for Picky {
             inputs: vec![StepInput::Positions],
             context: vec![StepInput::Positions.tensor_type(&query.shape)],
             layout: None,
+            scales: None,
         })
     }
 

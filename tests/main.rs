@@ -15,6 +15,7 @@ mod gemma;
 mod golden;
 mod http;
 mod kernels;
+mod kv_scales;
 mod loops;
 mod memory;
 mod openai_client;

@@ -45,6 +45,7 @@ impl Attention for PagedAttention {
             inputs: INPUTS.to_vec(),
             context: INPUTS.iter().map(|input| input.tensor_type(shape)).collect(),
             layout: None,
+            scales: None,
         })
     }
 

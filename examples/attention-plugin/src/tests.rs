@@ -11,6 +11,7 @@ fn query(change: impl FnOnce(&mut AttentionSpec)) -> AttentionQuery {
         kv_dtype: DType::Bf16,
         shape: StepShape { tokens: 8, seqs: 2, page_size: 4, pages: 6, page_table: 8 },
         target: Target { platform: "cpu".into(), device_kind: "cpu".into() },
+        sets_scales: false,
     }
 }
 

@@ -51,6 +51,7 @@ impl Attention for NativeLoop {
             inputs: INPUTS.to_vec(),
             context: INPUTS.iter().map(|input| input.tensor_type(shape)).collect(),
             layout: None,
+            scales: None,
         })
     }
 

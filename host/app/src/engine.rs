@@ -127,6 +127,7 @@ impl Machine {
                 args::KvCacheDtype::Auto => KvCacheDtype::Auto,
                 args::KvCacheDtype::Float32 => KvCacheDtype::Float32,
                 args::KvCacheDtype::Bfloat16 => KvCacheDtype::Bfloat16,
+                args::KvCacheDtype::Fp8E4m3 => KvCacheDtype::Fp8E4m3,
                 args::KvCacheDtype::Int8 => KvCacheDtype::Int8,
             },
             quantize_int8: args.model.quantization == Some(Quantization::Int8),

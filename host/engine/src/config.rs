@@ -138,7 +138,9 @@ pub enum KvCacheDtype {
     Auto,
     Float32,
     Bfloat16,
-    /// With a scale for each token and head.
+    /// `f8e4m3fn`, with the scales of each layer that the checkpoint brings, or 1.
+    Fp8E4m3,
+    /// With a scale for each token and head; on a TPU for each layer, as the checkpoint brings them.
     Int8,
 }
 

@@ -91,9 +91,19 @@ pub(crate) struct DeviceState {
     arguments: Arguments,
     /// For each device.
     weights: Vec<Vec<Buffer>>,
+    /// What parts of the pools hold at first instead of zeros.
+    presets: Vec<Preset>,
     loaders: Loaders,
     /// For each device; `None` after a failed execution, whose donated buffers are gone.
     mutable: Option<Vec<Mutable>>,
+}
+
+/// What a part of the pools holds at first, on each device.
+#[derive(Debug)]
+pub(crate) struct Preset {
+    /// Its place in [`Arguments::pools`].
+    pub part: usize,
+    pub bytes: Vec<u8>,
 }
 
 struct Mutable {
@@ -137,14 +147,15 @@ impl DeviceState {
         target: Target,
         arguments: Arguments,
         weights: Vec<Vec<Buffer>>,
+        presets: Vec<Preset>,
         loaders: Loaders,
     ) -> Result<Self, PjrtError> {
-        let mut state = Self { target, arguments, weights, loaders, mutable: None };
+        let mut state = Self { target, arguments, weights, presets, loaders, mutable: None };
         state.reset()?;
         Ok(state)
     }
 
-    /// Makes pools and rows anew, all zero. What shares the host's memory takes none before it is used.
+    /// Makes pools and rows anew, all zero but for the presets. What shares the host's memory takes none before it is used.
     pub fn reset(&mut self) -> Result<(), PjrtError> {
         // The old ones go first: two generations need not fit.
         self.mutable = None;
@@ -164,7 +175,11 @@ impl DeviceState {
                 <[Buffer; SMALL_ARRAYS]>::try_from(outputs).map_err(|_| wrong())?;
             let mut large = large.into_iter();
             let (token_counts, bias) = large.next().zip(large.next()).ok_or_else(wrong)?;
-            let pools = large.collect();
+            let mut pools: Vec<_> = large.collect();
+            for Preset { part, bytes } in &self.presets {
+                let tensor = self.arguments.pools.get(*part).ok_or_else(wrong)?;
+                *pools.get_mut(*part).ok_or_else(wrong)? = self.target.upload(bytes, tensor, device)?;
+            }
             state.push(Mutable { pools, last_tokens, page_table, token_counts, bias, allowed });
         }
         self.mutable = Some(state);

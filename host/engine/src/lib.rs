@@ -22,6 +22,7 @@ mod delivery;
 mod device;
 mod handle;
 mod kernels;
+mod kv_scales;
 mod load;
 mod mailbox;
 mod memory;

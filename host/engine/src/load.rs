@@ -16,6 +16,7 @@ use crate::{
     device::{DeviceState, Loaders, StepDevice, Target},
     handle::{Shared, lock},
     kernels::{register_host_kernels, register_kernels},
+    kv_scales,
     program::{Arguments, AssembleError, Rows, StepBytes, StepLayout, WeightMap},
     sink::{self, DeviceSink},
     weight_cache::{self, Keeping},
@@ -116,6 +117,7 @@ pub(crate) fn load(config: &EngineConfig, shared: &Shared) -> Result<Loaded, Sta
     let shards = opened.load_plans(config, &checkpoint)?;
     let weights = shards.first().map_or(&[][..], LoadPlan::weights);
     let blueprint = Blueprint::new(config, opened, weights, &target.description())?;
+    let presets = kv_scales::presets(&blueprint, &checkpoint)?;
     let bytes = blueprint.bytes() * config.device.shards_per_memory();
     let at_once = (config.memory.released_bytes == 0).then(|| config.memory.budget.reserve(bytes)).transpose()?;
     if config.device.platform() == Platform::Cpu {
@@ -133,7 +135,7 @@ pub(crate) fn load(config: &EngineConfig, shared: &Shared) -> Result<Loaded, Sta
     let Blueprint { plugin, attention, plan, assembler, .. } = blueprint;
     let (weights, keeping) = load_weights(config, &shards, &assembler.weights, &target, shared)?;
     let arguments = assembler.arguments(plan.shape(1, 1))?;
-    let state = DeviceState::new(target.clone(), arguments, weights, programs.loaders)?;
+    let state = DeviceState::new(target.clone(), arguments, weights, presets, programs.loaders)?;
     let end_tokens = config.end_token_ids.clone();
     *lock(&shared.info) = Some(Arc::new(ModelInfo {
         architecture: assembler.description.architecture.clone(),

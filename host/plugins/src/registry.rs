@@ -3,8 +3,10 @@
 use std::{path::Path, sync::Arc};
 
 use torus_abi::{
+    DType,
     attention::{AttentionAnswer, AttentionQuery},
     export::linked_plugins,
+    fault::{Fault, FaultCode},
 };
 
 use crate::{CallError, LibraryCache, LoadError, Origin, Plugin, SearchPath, candidates};
@@ -204,11 +206,25 @@ fn ask(plugin: &Plugin, queries: &[AttentionQuery]) -> Result<Result<Vec<Attenti
     let Some(attention) = plugin.attention() else { return Ok(Err("it is no attention backend".into())) };
     let mut answers = Vec::with_capacity(queries.len());
     for query in queries {
-        let answer = attention.query(query)?;
+        let answer = match attention.query(query) {
+            Err(error) if misses_cache(query, &error) => return Ok(Err(too_old(query.kv_dtype))),
+            answer => answer?,
+        };
         if answer.score == 0 {
             return Ok(Err(answer.reason));
         }
         answers.push(answer);
     }
     Ok(Ok(answers))
+}
+
+/// Whether a plugin failed at a query because it was built before there were caches of this dtype: it cannot read the message.
+fn misses_cache(query: &AttentionQuery, error: &CallError) -> bool {
+    query.kv_dtype == DType::F8E4M3
+        && matches!(error, CallError::Fault { fault: Fault { code: FaultCode::Invalid, message }, .. }
+            if message.contains(query.kv_dtype.name()))
+}
+
+fn too_old(kv_dtype: DType) -> String {
+    format!("it was built before there were caches of {kv_dtype}: build it anew, or choose another --kv-cache-dtype")
 }

@@ -6,6 +6,7 @@
 //! - [`LoadPlan`] holds a model's [`WeightSpec`](torus_abi::model::WeightSpec)s against the checkpoint. It finds everything
 //!   that is missing, left over or misshapen before a byte is read.
 //! - [`LoadPlan::run`] assembles the weights and hands each to a [`WeightSink`].
+//! - [`Checkpoint::kv_scales`] reads what a KV cache of 8 bits is scaled by, where a checkpoint says.
 //! - [`CacheEntry`] keeps what was packed for a CPU on disk, and maps it the next time.
 //!
 //! Not here: which tensors a model has and how a GGUF file names them (model plugins say so), tokenizers (this crate
@@ -30,6 +31,7 @@ mod elements;
 mod error;
 mod gguf;
 mod hub;
+mod kv_scales;
 mod load;
 mod mapped;
 mod model_path;

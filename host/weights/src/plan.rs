@@ -14,7 +14,9 @@ use torus_cpu::{
     packed::{Format, Layout, SEGMENTS_MAX, Segment},
 };
 
-use crate::{Checkpoint, Problem, StorageDType, StorageType, Target, TensorEntry, WeightsError};
+use crate::{
+    Checkpoint, Problem, StorageDType, StorageType, Target, TensorEntry, WeightsError, kv_scales::is_kv_scale,
+};
 
 /// How each weight of a model is made of a checkpoint's tensors.
 #[derive(Debug)]
@@ -136,7 +138,7 @@ impl<'a> LoadPlan<'a> {
         &self.weights
     }
 
-    /// Tensors of the checkpoint that the model knows and does not need.
+    /// Tensors of the checkpoint that the model knows and does not need, and scales of a KV cache.
     pub fn ignored(&self) -> &[String] {
         &self.ignored
     }
@@ -264,7 +266,7 @@ impl<'a> Planner<'a, '_> {
 
     /// Sorts the tensors that no weight takes into ignored ones, which are returned, and problems.
     fn leftovers(&mut self, description: &ModelDescription) -> Vec<String> {
-        let by_model = |name: &str| matches_any(&description.ignored_tensors, name);
+        let by_model = |name: &str| matches_any(&description.ignored_tensors, name) || is_kv_scale(name);
         // What the model ignores, it ignores under the Hugging Face name.
         let renamed = self.gguf.iter().flat_map(|answer| &answer.tensors).filter(|(name, _)| by_model(name));
         let renamed: BTreeSet<&str> = renamed.map(|(_, tensor)| tensor.name.as_str()).collect();

@@ -18,7 +18,8 @@ pub enum KvFormat {
     },
 }
 
-/// What a cache's small numbers are multiplied by, for all heads and tokens of a layer.
+/// What a cache's small numbers are multiplied by, for all heads and tokens of a layer; those that are only known at run
+/// time are operands of the graph ([`crate::graph::Layer::scales`]), and these 1.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct Scales {
     pub keys: f32,
@@ -26,6 +27,8 @@ pub struct Scales {
 }
 
 impl Scales {
+    pub const ONE: Self = Self { keys: 1.0, values: 1.0 };
+
     pub fn of(self, part: Part) -> f32 {
         match part {
             Part::Key => self.keys,

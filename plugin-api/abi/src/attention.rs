@@ -26,10 +26,15 @@ pub struct AttentionQuery {
     pub spec: AttentionSpec,
     /// Dtype of `q`, `k`, `v` and of the result.
     pub dtype: DType,
-    /// Dtype the cache is to be kept in.
+    /// Dtype the cache is to be kept in. Of 8 bits it holds numbers divided by a scale: `f8e4m3fn` by that of
+    /// [`AttentionAnswer::scales`], or 1 without it; `i8` by that, or by what the plugin keeps beside (each token's own).
     pub kv_dtype: DType,
     pub shape: StepShape,
     pub target: Target,
+    /// The host sets the scales of a cache where an answer names their place ([`AttentionAnswer::scales`]). Hosts of before
+    /// say nothing, and would leave them 0.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub sets_scales: bool,
 }
 
 /// What the plugin makes of an [`AttentionQuery`].
@@ -56,6 +61,16 @@ pub struct AttentionAnswer {
     /// coarser imports by itself.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub layout: Option<String>,
+    /// The part of the pool that holds the layer's scales, `f32 [2]`: what its cached keys and its cached values are
+    /// multiplied by. The host sets it before the first step, and `attention` gives it back as it is. It counts for nothing
+    /// in `page_bytes`. Only for queries with [`AttentionQuery::sets_scales`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scales: Option<usize>,
+}
+
+/// What [`AttentionAnswer::scales`] points to.
+pub fn scales_type() -> TensorType {
+    TensorType::new(DType::F32, [2])
 }
 
 impl AttentionAnswer {
@@ -69,6 +84,7 @@ impl AttentionAnswer {
             inputs: vec![],
             context: vec![],
             layout: None,
+            scales: None,
         }
     }
 }

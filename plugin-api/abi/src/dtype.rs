@@ -20,10 +20,12 @@ pub enum DType {
     Bf16,
     F32,
     F64,
+    /// Four bits of exponent, three of mantissa, no infinities: [-448, 448].
+    F8E4M3,
 }
 
 impl DType {
-    const ALL: [(DType, &'static str, &'static str, usize); 13] = [
+    const ALL: [(DType, &'static str, &'static str, usize); 14] = [
         (DType::Bool, "bool", "i1", 1),
         (DType::I8, "i8", "i8", 1),
         (DType::I16, "i16", "i16", 2),
@@ -37,6 +39,7 @@ impl DType {
         (DType::Bf16, "bf16", "bf16", 2),
         (DType::F32, "f32", "f32", 4),
         (DType::F64, "f64", "f64", 8),
+        (DType::F8E4M3, "f8e4m3fn", "f8E4M3FN", 1),
     ];
 
     fn entry(self) -> (&'static str, &'static str, usize) {
@@ -60,7 +63,7 @@ impl DType {
     }
 
     pub fn is_float(self) -> bool {
-        matches!(self, DType::F16 | DType::Bf16 | DType::F32 | DType::F64)
+        matches!(self, DType::F8E4M3 | DType::F16 | DType::Bf16 | DType::F32 | DType::F64)
     }
 
     pub fn is_unsigned(self) -> bool {
@@ -198,7 +201,7 @@ mod tests {
 
     #[test]
     fn tensor_types_round_trip_as_text() {
-        for text in ["f32[]", "bf16[8,64]", "bool[3]", "u32[1,2,3,4]"] {
+        for text in ["f32[]", "bf16[8,64]", "bool[3]", "u32[1,2,3,4]", "f8e4m3fn[3]"] {
             let parsed: TensorType = text.parse().unwrap();
             assert_eq!(parsed.to_string(), text);
             let json = serde_json::to_string(&parsed).unwrap();

@@ -114,6 +114,8 @@ fn print_float(value: f64, dtype: DType, out: &mut String) {
         (DType::F64, true, _) => "0x7FF8000000000000",
         (DType::F64, false, false) => "0x7FF0000000000000",
         (DType::F64, false, true) => "0xFFF0000000000000",
+        // It has no infinities: of what is past its range only not-a-number is left.
+        (DType::F8E4M3, ..) => "0x7F",
         (_, true, _) => "0x7FC00000",
         (_, false, false) => "0x7F800000",
         (_, false, true) => "0xFF800000",

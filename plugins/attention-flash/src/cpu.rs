@@ -47,6 +47,7 @@ pub(crate) fn query(query: &AttentionQuery) -> AttentionAnswer {
         inputs: INPUTS.to_vec(),
         context: INPUTS.iter().map(|input| input.tensor_type(shape)).collect(),
         layout: Some(LAYOUT.to_owned()),
+        scales: None,
     }
 }
 

@@ -3,9 +3,10 @@
 //!
 //! - On CPUs ([`cpu`]): native SIMD kernels of `torus-cpu`, whose [`pages`](torus_cpu::attention::pages) say how a pool
 //!   lies in memory. Activations in f32 and bf16, caches in f32, bf16 and int8; heads and pages of a multiple of 16.
-//! - On TPUs ([`tpu`]): the Mosaic kernel of `torus-attention`, for v5e, v6e and TPU7x. Activations and caches in bf16,
-//!   heads of 64, 128 and 256, pages of 128. It compiles for these chips and is exact in the interpreter; it has never
-//!   run on one.
+//! - On TPUs ([`tpu`]): the Mosaic kernel of `torus-attention`, for v5e, v6e and TPU7x. Activations in bf16, caches in
+//!   bf16, fp8 and int8 with two scales a layer that the host sets (an even number of KV heads of 128 and 256, a multiple of
+//!   4 of 64), heads of 64, 128 and 256, pages of 128. It compiles for these chips and is exact in the interpreter; it has
+//!   never run on one.
 //!
 //! Both: causal attention in ragged batches of prompts and decoding sequences, grouped queries, sliding windows, soft
 //! caps. Neither: attention sinks and trees of draft tokens, which the interface does not carry yet.

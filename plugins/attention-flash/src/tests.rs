@@ -2,7 +2,10 @@
 
 mod tpu;
 
-use torus_abi::{DType, TensorType, attention::Target};
+use torus_abi::{
+    DType, TensorType,
+    attention::{Target, scales_type},
+};
 use torus_cpu::attention::LAYOUT;
 use torus_testkit::attention::{self, cases};
 
@@ -53,15 +56,29 @@ fn on_a_tpu_it_serves_bf16_in_pages_of_128() {
         ask(|query| {
             query.target = Target { platform: "tpu".into(), device_kind: "TPU v6 lite".into() };
             (query.dtype, query.kv_dtype, query.shape.page_size) = (DType::Bf16, DType::Bf16, 128);
+            (query.spec.head_dim, query.sets_scales) = (128, false);
             change(query);
         })
     };
     let answer = ask(&|_| {});
     assert_eq!((answer.score, answer.pool.len(), answer.context.len()), (SCORE, 1, 5));
+    for kv_dtype in [DType::F8E4M3, DType::I8] {
+        let narrow = ask(&|query| (query.kv_dtype, query.sets_scales) = (kv_dtype, true));
+        assert_eq!((narrow.score, narrow.scales, narrow.pool[1].clone()), (SCORE, Some(1), scales_type()));
+        assert_eq!(2 * narrow.page_bytes, answer.page_bytes);
+        let odd = ask(&|query| {
+            (query.kv_dtype, query.sets_scales) = (kv_dtype, true);
+            (query.spec.q_heads, query.spec.kv_heads, query.spec.head_dim) = (4, 1, 128);
+        });
+        assert!(odd.score == 0 && odd.reason.contains("must be even"), "{odd:?}");
+    }
+    let fixed = ask(&|query| query.kv_dtype = DType::F8E4M3);
+    assert_eq!((fixed.score, fixed.scales, fixed.pool.len()), (SCORE, None, 1));
     for (change, reason) in [
         (&(|query: &mut AttentionQuery| query.target.device_kind = "TPU v4".into()) as &dyn Fn(&mut _), "a 'TPU v4'"),
         (&|query: &mut AttentionQuery| query.dtype = DType::F32, "not f32"),
-        (&|query: &mut AttentionQuery| query.kv_dtype = DType::I8, "a cache of i8"),
+        (&|query: &mut AttentionQuery| query.kv_dtype = DType::F32, "not f32"),
+        (&|query: &mut AttentionQuery| query.kv_dtype = DType::I8, "update Torus"),
         (&|query: &mut AttentionQuery| query.shape.page_size = 16, "--page-size 128"),
         (&|query: &mut AttentionQuery| query.spec.head_dim = 80, "heads of 80"),
         (&|query: &mut AttentionQuery| query.shape.page_table = 1 << 18, "--context-length"),

@@ -3,12 +3,12 @@
 
 use torus_abi::{
     DType, TensorType,
-    attention::{AttentionAnswer, AttentionQuery, EmitAttention},
+    attention::{AttentionAnswer, AttentionQuery, EmitAttention, scales_type},
     fault::Fault,
     fragment::{Operand, Package},
     step::StepInput,
 };
-use torus_attention::{Generation, KvFormat, Layout, Shape, Spec, Tuning, Unsupported, graph};
+use torus_attention::{Generation, KvFormat, Layout, Scales, Shape, Spec, Tuning, Unsupported, graph};
 use torus_hlo::{Builder, Func, Shape as Tensor, Value};
 
 use crate::SCORE;
@@ -22,22 +22,25 @@ struct Kernel {
     shape: Shape,
     layout: Layout,
     tuning: Tuning,
+    /// Whether the last part of the pool are the layer's scales.
+    has_scales: bool,
 }
 
 impl Kernel {
     fn new(query: &AttentionQuery) -> Result<Self, String> {
-        let AttentionQuery { spec, dtype, kv_dtype, shape, target } = query;
+        let AttentionQuery { spec, dtype, shape, target, .. } = query;
         let kind = &target.device_kind;
         let generation =
             Generation::from_device_kind(kind).ok_or_else(|| format!("it has no kernels for a '{kind}'"))?;
-        if *dtype != DType::Bf16 || *kv_dtype != DType::Bf16 {
-            return Err(format!("its kernels for TPUs compute in bf16, not {dtype} with a cache of {kv_dtype}"));
+        if *dtype != DType::Bf16 {
+            return Err(format!("its kernels for TPUs compute in bf16, not {dtype}"));
         }
+        let kv = format(query)?;
         let spec = Spec {
             q_heads: spec.q_heads as usize,
             kv_heads: spec.kv_heads as usize,
             head_dim: spec.head_dim as usize,
-            kv: KvFormat::Bf16,
+            kv,
             page_size: shape.page_size as usize,
             scale: spec.scale,
             window: spec.window.map(|window| window as usize),
@@ -57,15 +60,34 @@ impl Kernel {
         let layout = Layout::new(&spec).map_err(because)?;
         let tuning = Tuning::new(&spec, &layout);
         torus_attention::check(&spec, &shape, &tuning).map_err(because)?;
-        Ok(Self { spec, shape, layout, tuning })
+        let has_scales = spec.kv != KvFormat::Bf16 && query.sets_scales;
+        Ok(Self { spec, shape, layout, tuning, has_scales })
     }
 
-    fn pool(&self) -> TensorType {
+    /// The parts of a layer's pool.
+    fn pool(&self) -> Vec<TensorType> {
+        [self.pages()].into_iter().chain(self.has_scales.then(scales_type)).collect()
+    }
+
+    fn pages(&self) -> TensorType {
         graph::pool_type(&self.layout, self.shape.pages).tensor_type()
     }
 
     fn context_types(&self) -> Result<Vec<TensorType>, Unsupported> {
         graph::context_types(&self.shape, self.tuning.pages)
+    }
+}
+
+/// How the cache is kept. What numbers of 8 bits are multiplied by, the host says at run time; without scales those of int8
+/// would be whole.
+fn format(query: &AttentionQuery) -> Result<KvFormat, String> {
+    let scales = Scales::ONE;
+    match query.kv_dtype {
+        DType::Bf16 => Ok(KvFormat::Bf16),
+        DType::F8E4M3 => Ok(KvFormat::Fp8 { scales }),
+        DType::I8 if query.sets_scales => Ok(KvFormat::Int8 { scales }),
+        DType::I8 => Err("a cache of i8 needs scales, and this host is too old to set them: update Torus".to_owned()),
+        other => Err(format!("its kernels for TPUs keep caches in bf16, f8e4m3fn and i8, not {other}")),
     }
 }
 
@@ -76,10 +98,11 @@ pub(crate) fn query(query: &AttentionQuery) -> Result<AttentionAnswer, String> {
         score: SCORE,
         reason: String::new(),
         page_bytes: kernel.layout.page_bytes() as u64,
-        pool: vec![kernel.pool()],
+        pool: kernel.pool(),
         inputs: INPUTS.to_vec(),
         context: kernel.context_types().map_err(|error| error.to_string())?,
         layout: None,
+        scales: kernel.has_scales.then_some(1),
     })
 }
 
@@ -125,14 +148,17 @@ impl Kernel {
         };
         let query = rows(Operand::Query, spec.q_heads);
         let [key, value] = [Operand::Key, Operand::Value].map(|meaning| rows(meaning, spec.kv_heads));
-        let meaning = Operand::Pool { layer: 0, part: 0 };
-        let pool = f.input(meaning.clone(), Tensor::opaque(&self.pool()));
+        let pool_part = |part, tensor: &TensorType| f.input(Operand::Pool { layer: 0, part }, Tensor::opaque(tensor));
+        let pool = pool_part(0, &self.pages());
+        let scales = self.has_scales.then(|| pool_part(1, &scales_type()));
         let part = |(part, tensor): (usize, TensorType)| {
             f.input(Operand::Context { kind: request.kind, part }, Tensor::opaque(&tensor))
         };
         let context = self.context_types()?.into_iter().enumerate().map(part).collect();
-        let layer = graph::Layer { query, key, value, pool, context };
+        let layer = graph::Layer { query, key, value, pool, context, scales };
         let [attended, pool] = graph::attention(f, &self.spec, &self.shape, &self.tuning, &layer)?;
-        Ok(vec![(Operand::Attended, attended), (meaning, pool)])
+        let pool = [pool].into_iter().chain(scales).enumerate();
+        let pool = pool.map(|(part, value)| (Operand::Pool { layer: 0, part }, value));
+        Ok([(Operand::Attended, attended)].into_iter().chain(pool).collect())
     }
 }

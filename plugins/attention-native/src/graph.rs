@@ -12,6 +12,9 @@ use torus_hlo::{
     axes::{GROUP, HEAD_DIM, KV_HEADS, PAGE, PAGES, Q_HEADS, SEQS, SLOTS, TOKENS},
 };
 
+/// The part of the pool with the scales, if there are any.
+const SCALES: Operand = Operand::Pool { layer: 0, part: 2 };
+
 /// The step inputs that `context` takes.
 pub(crate) const INPUTS: [StepInput; 5] =
     [StepInput::Positions, StepInput::TokenSeq, StepInput::KvSlot, StepInput::PageBegin, StepInput::PageTable];
@@ -40,6 +43,17 @@ const BLOCK_TOKENS: (u64, u64) = (16, 256);
 pub(crate) fn context_types(shape: &StepShape) -> Vec<TensorType> {
     let ints = |dims: &[u64]| TensorType::new(DType::I32, dims);
     vec![ints(&[shape.tokens]), ints(&[shape.tokens]), ints(&[shape.tokens]), ints(&[shape.page_table]), ints(&[])]
+}
+
+/// The dtype that the pool has for a cache. Numbers of 8 bits lie in it as their bits, so that no device's compiler
+/// widens a whole pool that it would write a few rows of.
+pub(crate) fn stored(kv_dtype: DType) -> DType {
+    if kv_dtype == DType::F8E4M3 { DType::U8 } else { kv_dtype }
+}
+
+/// Whether the last part of the pool are the layer's scales.
+pub(crate) fn has_scales(query: &AttentionQuery) -> bool {
+    query.kv_dtype == DType::F8E4M3 && query.sets_scales
 }
 
 pub(crate) fn emit(request: &EmitAttention) -> Result<Fragment, Fault> {
@@ -92,20 +106,49 @@ impl<'f> Attention<'f, '_> {
         let key = rows(Operand::Key, KV_HEADS, spec.kv_heads);
         let value = rows(Operand::Value, KV_HEADS, spec.kv_heads);
         let slots = shape.pages * shape.page_size;
-        let pool = Shape::new(*kv_dtype, [(SLOTS, slots), (KV_HEADS, spec.kv_heads), (HEAD_DIM, spec.head_dim)]);
+        let pool =
+            Shape::new(stored(*kv_dtype), [(SLOTS, slots), (KV_HEADS, spec.kv_heads), (HEAD_DIM, spec.head_dim)]);
         let [keys, values] = [0, 1].map(|part| f.input(Operand::Pool { layer: 0, part }, pool.clone()));
+        let scales = self.scales();
         let context = self.context();
-        let keys = keys.scatter(&[(SLOTS, context[Part::KvSlot as usize])], key.convert(*kv_dtype), Scatter::set());
-        let values =
-            values.scatter(&[(SLOTS, context[Part::KvSlot as usize])], value.convert(*kv_dtype), Scatter::set());
+        let written = |pool: Value<'f>, part: usize, rows: Value<'f>| {
+            let rows = self.kept(rows, scales.map(|(_, scales)| scales[part]));
+            pool.scatter(&[(SLOTS, context[Part::KvSlot as usize])], rows, Scatter::set())
+        };
+        let (keys, values) = (written(keys, 0, key), written(values, 1, value));
         let group = [(KV_HEADS, spec.kv_heads), (GROUP, spec.q_heads / spec.kv_heads)];
-        let query = (query.convert(DType::F32).split(Q_HEADS, &group)) * spec.scale;
-        let attended = self.attend(query, [keys, values], &context);
-        vec![
+        let scaled = |rows: Value<'f>, part: usize| scales.map_or(rows, |(_, scales)| rows * scales[part]);
+        let query = scaled((query.convert(DType::F32).split(Q_HEADS, &group)) * spec.scale, 0);
+        let attended = scaled(self.attend(query, [keys, values], &context), 1);
+        let mut results = vec![
             (Operand::Attended, attended.merge(&[KV_HEADS, GROUP], Q_HEADS).convert(*dtype)),
             (Operand::Pool { layer: 0, part: 0 }, keys),
             (Operand::Pool { layer: 0, part: 1 }, values),
-        ]
+        ];
+        results.extend(scales.map(|(whole, _)| (SCALES, whole)));
+        results
+    }
+
+    /// What cached numbers are multiplied by, as it came and as scalars of keys and of values; `None` = 1.
+    fn scales(&self) -> Option<(Value<'f>, [Value<'f>; 2])> {
+        const KEY_OR_VALUE: Axis = Axis("key_or_value");
+        if !has_scales(self.request) {
+            return None;
+        }
+        let whole = self.f.input(SCALES, Shape::new(DType::F32, [(KEY_OR_VALUE, 2)]));
+        Some((whole, [0, 1].map(|part| whole.slice(KEY_OR_VALUE, part..part + 1).squeeze(KEY_OR_VALUE))))
+    }
+
+    /// Rows as the pool has them.
+    fn kept(&self, rows: Value<'f>, scale: Option<Value<'f>>) -> Value<'f> {
+        const LARGEST: f32 = 448.0;
+        let kv_dtype = self.request.kv_dtype;
+        if kv_dtype != DType::F8E4M3 {
+            return rows.convert(kv_dtype);
+        }
+        let rows = rows.convert(DType::F32);
+        let rows = scale.map_or(rows, |scale| rows * (scale.full_like(1.0f32) / scale));
+        rows.min(LARGEST).max(-LARGEST).convert(kv_dtype).bitcast(DType::U8)
     }
 
     /// The context's parts as arguments.
@@ -171,7 +214,9 @@ impl<'f> Attention<'f, '_> {
         let page = context[Part::PageTable as usize].take(PAGES, entry);
         let split = [(PAGES, shape.pages), (PAGE, shape.page_size)];
         let read = |pool: Value<'f>| {
-            pool.split(SLOTS, &split).take(PAGES, page).merge(&[BLOCK, PAGE], PAGE).convert(DType::F32)
+            let rows = pool.split(SLOTS, &split).take(PAGES, page).merge(&[BLOCK, PAGE], PAGE);
+            let rows = if self.request.kv_dtype == DType::F8E4M3 { rows.bitcast(DType::F8E4M3) } else { rows };
+            rows.convert(DType::F32)
         };
         let scores = query.dot(read(pools[0]), Dot::over(HEAD_DIM).batch([TOKENS, KV_HEADS]));
         let scores = match spec.soft_cap {

@@ -5,8 +5,8 @@
 //! Gimelshein, "Online normalizer calculation for softmax", 2018). Memory grows with tokens times a block, never with
 //! tokens times context.
 //!
-//! Does: causal attention, grouped queries, sliding windows, soft caps; f32 and bf16, with sums in f32. Does not:
-//! quantized caches, attention sinks, custom masks.
+//! Does: causal attention, grouped queries, sliding windows, soft caps; f32 and bf16, with sums in f32; caches in f32, bf16
+//! and `f8e4m3fn` with the host's scales for each layer. Does not: other caches of 8 bits, attention sinks, custom masks.
 
 #![forbid(unsafe_code)]
 
@@ -16,7 +16,7 @@ mod tests;
 
 use torus_abi::{
     DType, TensorType,
-    attention::{AttentionAnswer, AttentionQuery, EmitAttention},
+    attention::{AttentionAnswer, AttentionQuery, EmitAttention, scales_type},
     author::Attention,
     fault::Fault,
     fragment::Package,
@@ -38,7 +38,7 @@ impl Attention for Native {
     fn query(query: &AttentionQuery) -> Result<AttentionAnswer, Fault> {
         let AttentionQuery { spec, dtype, kv_dtype, shape, .. } = query;
         let float = |dtype: DType| matches!(dtype, DType::F32 | DType::Bf16);
-        if !float(*dtype) || !float(*kv_dtype) {
+        if !float(*dtype) || !(float(*kv_dtype) || *kv_dtype == DType::F8E4M3) {
             let reason = format!("it computes in f32 and bf16, not {dtype} with a cache of {kv_dtype}");
             return Ok(AttentionAnswer::refuse(reason));
         }
@@ -49,16 +49,20 @@ impl Attention for Native {
         let Some(slots) = shape.pages.checked_mul(shape.page_size).filter(|slots| *slots <= i32::MAX as u64) else {
             return Ok(AttentionAnswer::refuse("the pool has more slots than an i32 can count"));
         };
-        let pool = TensorType::new(*kv_dtype, [slots, spec.kv_heads, spec.head_dim]);
+        let part = TensorType::new(graph::stored(*kv_dtype), [slots, spec.kv_heads, spec.head_dim]);
+        let mut pool = vec![part.clone(), part];
+        let scales = graph::has_scales(query).then_some(pool.len());
+        pool.extend(scales.map(|_| scales_type()));
         let row_bytes = spec.kv_heads * spec.head_dim * kv_dtype.bytes() as u64;
         Ok(AttentionAnswer {
             score: SCORE,
             reason: String::new(),
-            pool: vec![pool.clone(), pool],
+            pool,
             page_bytes: 2 * shape.page_size * row_bytes,
             inputs: graph::INPUTS.to_vec(),
             context: graph::context_types(shape),
             layout: None,
+            scales,
         })
     }
 

@@ -2,8 +2,9 @@
 
 mod case;
 
+use super::Native;
 use case::{Case, Sequence};
-use torus_abi::DType;
+use torus_abi::{DType, attention::AttentionQuery, author::Attention};
 
 fn seq(cached: usize, new: usize) -> Sequence {
     Sequence { cached, new, shares: None }
@@ -85,6 +86,20 @@ fn half_precision_is_summed_in_single() {
 }
 
 #[test]
+fn caches_of_8_bits_hold_numbers_divided_by_their_scales() {
+    let sequences = vec![seq(200, 1), seq(0, 20), seq(17, 3)];
+    let case = Case { kv_dtype: DType::F8E4M3, sequences, ..Case::default() };
+    case.check();
+    // The largest numbers are out of range.
+    Case { scales: [0.002, 0.001], ..case.clone() }.check();
+    Case { dtype: DType::Bf16, soft_cap: Some(3.0), window: Some(50), ..case.clone() }.check();
+    // A host that sets no scales has those of 1.
+    let query = AttentionQuery { sets_scales: false, ..case.query(1) };
+    let answer = Native::query(&query).unwrap();
+    assert_eq!((answer.pool.len(), answer.scales), (2, None));
+}
+
+#[test]
 fn chunks_and_single_tokens_equal_one_prefill() {
     let whole = Case { sequences: vec![seq(0, 40)], pages_spare: 2, ..Case::default() };
     let (rows, pool) = whole.run_from(whole.pool(), 0..40);
@@ -105,6 +120,8 @@ fn pools_are_updated_in_place_and_context_costs_no_memory() {
     let spare = Case { pages_spare: 4096, ..small.clone() };
     let long = Case { sequences: vec![seq(50_000, 8)], ..small.clone() };
     let stats = small.memory();
+    let narrow = Case { kv_dtype: DType::F8E4M3, ..spare.clone() };
+    assert_eq!(narrow.memory().alias_bytes as u64, narrow.pool_bytes());
     for case in [&small, &spare, &long] {
         let memory = case.memory();
         assert_eq!(memory.alias_bytes as u64, case.pool_bytes());
@@ -117,7 +134,7 @@ fn pools_are_updated_in_place_and_context_costs_no_memory() {
 #[test]
 fn what_it_does_not_serve_is_said() {
     let refusal = |case: Case| {
-        let answer = <super::Native as torus_abi::author::Attention>::query(&case.query(1)).unwrap();
+        let answer = Native::query(&case.query(1)).unwrap();
         assert_eq!(answer.score, 0);
         answer.reason
     };

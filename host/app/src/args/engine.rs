@@ -48,7 +48,9 @@ pub struct ModelArgs {
     /// Quantize weights on load: int8 in blocks of 32 with a scale each (on a CPU; blocks of a quantized file stay)
     #[arg(long, value_name = "METHOD")]
     pub quantization: Option<Quantization>,
-    /// Dtype of the KV cache
+    /// Dtype of the KV cache. With 'fp8_e4m3' numbers are divided by the scales of their layer, which are the checkpoint's
+    /// 'k_scale' and 'v_scale', or else 1; the kernels for TPUs keep 0 of what is then below 1/64. 'int8' has a scale for each
+    /// token and head on a CPU; on a TPU it has those of the layer, and needs a checkpoint that brings them
     #[arg(long, value_name = "DTYPE", default_value = "auto")]
     pub kv_cache_dtype: KvCacheDtype,
     /// Branch, tag or commit of a model on the hub [default: main]

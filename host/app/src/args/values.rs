@@ -49,7 +49,10 @@ pub enum KvCacheDtype {
     Float32,
     #[value(alias = "bf16")]
     Bfloat16,
-    /// With a scale for each token and head.
+    /// `f8e4m3fn`, with the checkpoint's scales or 1.
+    #[value(name = "fp8_e4m3")]
+    Fp8E4m3,
+    /// Whole numbers with scales.
     Int8,
 }
 

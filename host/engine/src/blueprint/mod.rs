@@ -15,7 +15,7 @@ use std::sync::Arc;
 use serde_json::Value;
 use torus_abi::{
     DType, TensorType,
-    attention::{AttentionQuery, Target},
+    attention::{AttentionAnswer, AttentionQuery, Target, scales_type},
     model::{ModelDescription, StateKind},
     step::StepShape,
 };
@@ -89,6 +89,7 @@ impl Blueprint {
         let plan = memory::plan(config, &description)?;
         let queries = attention_queries(config, &description, activations, plan.shape(1, 1), device);
         let (attention, answers) = config.plugins.attention(config.attention_backend.as_deref(), &queries)?;
+        check_scales(attention.name(), &answers)?;
         let page_bytes: u64 = description.layers.iter().map(|kind| answers[*kind].page_bytes).sum();
         let shard = costs::shard(&description, weights, &answers, plan.page_size, activations);
         let plan = plan.with_pages(config, page_bytes, weight_bytes)?;
@@ -132,6 +133,11 @@ impl Blueprint {
 
     pub fn description(&self) -> &ModelDescription {
         &self.assembler.description
+    }
+
+    /// What caches hold; `None` = no layer has one.
+    pub(crate) fn kv_dtype(&self) -> Option<DType> {
+        self.assembler.queries.first().map(|query| query.kv_dtype)
     }
 
     /// Requests that run at once.
@@ -229,6 +235,18 @@ impl Blueprint {
     }
 }
 
+/// The host writes where a plugin says.
+fn check_scales(plugin: &str, answers: &[AttentionAnswer]) -> Result<(), StartError> {
+    let is_wrong =
+        |answer: &&AttentionAnswer| answer.scales.is_some_and(|part| answer.pool.get(part) != Some(&scales_type()));
+    answers.iter().find(is_wrong).map_or(Ok(()), |answer| {
+        let (part, pool, scales) = (answer.scales.unwrap_or_default(), &answer.pool, scales_type());
+        let message =
+            format!("plugin '{plugin}': part {part} of its pool {pool:?} is to hold scales, which are {scales}");
+        Err(invalid("attention_backend", message))
+    })
+}
+
 /// What to ask an attention plugin: one query for each kind of layers.
 fn attention_queries(
     config: &EngineConfig,
@@ -241,11 +259,12 @@ fn attention_queries(
         KvCacheDtype::Auto => dtype,
         KvCacheDtype::Float32 => DType::F32,
         KvCacheDtype::Bfloat16 => DType::Bf16,
+        KvCacheDtype::Fp8E4m3 => DType::F8E4M3,
         KvCacheDtype::Int8 => DType::I8,
     };
     let query = |kind: &StateKind| {
         let StateKind::Paged(spec) = kind;
-        AttentionQuery { spec: spec.clone(), dtype, kv_dtype, shape, target: target.clone() }
+        AttentionQuery { spec: spec.clone(), dtype, kv_dtype, shape, target: target.clone(), sets_scales: true }
     };
     description.kinds.iter().map(query).collect()
 }

@@ -76,7 +76,17 @@ pub(crate) struct Arguments {
     pub weights: Vec<TensorType>,
     /// Parts of the pools, layer by layer; where layers run in loops, kind by kind.
     pub pools: Vec<TensorType>,
+    /// Those of them that hold scales of caches.
+    pub scales: Vec<ScalePart>,
     pub rows: RowArrays,
+}
+
+/// A part of a pool that holds scales of caches, of keys and of values for each of some layers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct ScalePart {
+    /// Its place in [`Arguments::pools`].
+    pub part: usize,
+    pub layers: Vec<usize>,
 }
 
 /// The arrays that stay on the device from step to step and have a row or entry for each slot.
@@ -119,7 +129,13 @@ impl Assembler {
     /// The arguments of every program but the step buffer. They are the same for all buckets.
     pub fn arguments(&self, shape: StepShape) -> Result<Arguments, AssembleError> {
         let answers = self.answers(shape)?;
-        let pools = self.pool_owners().into_iter().flat_map(|(_, kind)| answers[kind].1.pool.clone()).collect();
+        let (mut pools, mut scales) = (Vec::new(), Vec::new());
+        for (layer, kind) in self.pool_owners() {
+            let answer = &answers[kind].1;
+            let layers = if self.in_loops { self.layers_of(kind) } else { vec![layer] };
+            scales.extend(answer.scales.map(|part| ScalePart { part: pools.len() + part, layers }));
+            pools.extend(self.pool_types(kind, answer));
+        }
         let slots = self.max_running + 1;
         let vocab = self.description.vocab;
         let part = self.parallel.vocab(vocab);
@@ -127,6 +143,7 @@ impl Assembler {
         Ok(Arguments {
             weights: self.weights.arguments().to_vec(),
             pools,
+            scales,
             rows: RowArrays {
                 last_tokens: ty(DType::I32, &[slots]),
                 page_table: ty(DType::I32, &[shape.page_table]),
@@ -165,16 +182,16 @@ impl Assembler {
     }
 
     fn emit(&self, part: ModelPart, answers: &[(AttentionQuery, AttentionAnswer)]) -> Result<Fragment, AssembleError> {
-        let state = |(query, answer): &(AttentionQuery, AttentionAnswer)| match self.in_loops {
-            true => loops::state(query, answer),
-            false => StateHandle { pool: answer.pool.clone(), context: answer.context.clone() },
+        let state = |(kind, asked): (usize, &(AttentionQuery, AttentionAnswer))| match self.in_loops {
+            true => loops::state(self.pool_types(kind, &asked.1), asked),
+            false => StateHandle { pool: asked.1.pool.clone(), context: asked.1.context.clone() },
         };
         let loops = || LayerLoops { weights: self.weights.own_parts(), pools: loops::own_pool_parts(answers) };
         let request = EmitModel {
             part,
             dtype: self.activations,
             weights: self.weights.handles().map(|(name, handle)| (name.to_owned(), handle)).collect(),
-            state: answers.iter().map(state).collect(),
+            state: answers.iter().enumerate().map(state).collect(),
             imports: HostImports { block_norms: true },
             loops: self.in_loops.then(loops),
         };
@@ -353,7 +370,8 @@ impl Parts<'_> {
     fn declare_pools<'f>(&self, func: &'f Func<'f>, scope: &mut Scope<'f>) -> Vec<Operand> {
         let mut meanings = Vec::new();
         for (layer, kind) in self.assembler.pool_owners() {
-            for (part, tensor) in self.answers[kind].1.pool.iter().enumerate() {
+            let types = self.assembler.pool_types(kind, &self.answers[kind].1);
+            for (part, tensor) in types.iter().enumerate() {
                 let value = func.donated_argument(Shape::opaque(tensor), meanings.len());
                 scope.set(Operand::Pool { layer, part }, value);
                 meanings.push(Operand::Pool { layer, part });

@@ -5,6 +5,8 @@
 //! would be copied in each of them. An attention plugin knows nothing of it: it is asked for a pool of so many pages, and its
 //! `context` is computed in each layer, from inputs that name that layer's pages.
 //!
+//! Scales of caches, of which a plugin's pool has those of one layer, lie there for all of them, and each layer takes its own.
+//!
 //! To the model, the layer's number is the last part of the pool, and the context are the inputs of the plugin's `context`.
 
 use std::collections::BTreeSet;
@@ -16,15 +18,15 @@ use torus_abi::{
     model::StateHandle,
     step::{StepInput, StepShape},
 };
-use torus_hlo::{Func, Shape, Value};
+use torus_hlo::{Axis, Func, Shape, Value};
 use torus_plugins::LinkError;
 
 use super::assemble::{AssembleError, Assembler, Parts, Scope};
 
-/// What a model is told of a kind's state.
-pub(super) fn state(query: &AttentionQuery, answer: &AttentionAnswer) -> StateHandle {
+/// What a model is told of a kind's state. `pool` are the types of its parts.
+pub(super) fn state(pool: Vec<TensorType>, (query, answer): &(AttentionQuery, AttentionAnswer)) -> StateHandle {
     StateHandle {
-        pool: answer.pool.iter().cloned().chain([TensorType::scalar(DType::I32)]).collect(),
+        pool: pool.into_iter().chain([TensorType::scalar(DType::I32)]).collect(),
         context: answer.inputs.iter().map(|input| input.tensor_type(&query.shape)).collect(),
     }
 }
@@ -49,6 +51,12 @@ pub(super) fn of_layer<'f>(
     }
 }
 
+/// Of the scales of all layers, those of one.
+fn scales_of_layer<'f>(scales: Value<'f>, number: Value<'f>) -> Value<'f> {
+    const LAYERS: Axis = Axis("layers");
+    scales.named(&[LAYERS, Axis("key_or_value")]).dynamic_slice(&[(LAYERS, number, 1)]).squeeze(LAYERS)
+}
+
 impl Assembler {
     /// The layers that pools belong to, and their kinds: all, or the first of each kind.
     pub(super) fn pool_owners(&self) -> Vec<(usize, usize)> {
@@ -64,8 +72,22 @@ impl Assembler {
 
     /// The shape of a step for the attention plugin, which has all layers' pages in one pool.
     pub(super) fn pool_of_all_layers(&self, kind: usize, shape: StepShape) -> StepShape {
-        let layers = self.description.layers.iter().filter(|found| **found == kind).count();
-        StepShape { pages: shape.pages * layers.max(1) as u64, ..shape }
+        StepShape { pages: shape.pages * self.layers_of(kind).len().max(1) as u64, ..shape }
+    }
+
+    /// The layers of a kind.
+    pub(super) fn layers_of(&self, kind: usize) -> Vec<usize> {
+        let layers = self.description.layers.iter().enumerate();
+        layers.filter(|(_, found)| **found == kind).map(|(layer, _)| layer).collect()
+    }
+
+    /// Types of the parts of a pool as programs have it: where layers run in loops, with the scales of all of them.
+    pub(super) fn pool_types(&self, kind: usize, answer: &AttentionAnswer) -> Vec<TensorType> {
+        let mut pool = answer.pool.clone();
+        if let Some(scales) = answer.scales.filter(|_| self.in_loops).and_then(|part| pool.get_mut(part)) {
+            scales.dims.insert(0, self.layers_of(kind).len() as u64);
+        }
+        pool
     }
 
     /// A plugin that knows of no loops asks for the pool of every layer.
@@ -119,10 +141,13 @@ impl Parts<'_> {
             scope.set(meaning, f.argument(Shape::opaque(&tensor)));
         }
         let pool = |part| Operand::Pool { layer: 0, part };
-        for (part, tensor) in answer.pool.iter().enumerate() {
-            scope.set(pool(part), f.argument(Shape::opaque(tensor)));
-        }
+        let types = self.assembler.pool_types(kind, answer);
+        let pools: Vec<_> = types.iter().map(|tensor| f.argument(Shape::opaque(tensor))).collect();
         let number = f.argument(Shape::scalar(DType::I32));
+        let are_scales = |part| answer.scales == Some(part);
+        for (part, value) in pools.iter().copied().enumerate() {
+            scope.set(pool(part), if are_scales(part) { scales_of_layer(value, number) } else { value });
+        }
         for input in &answer.inputs {
             let value = f.argument(Shape::opaque(&input.tensor_type(shape)));
             let value = of_layer(*input, value, number, self.layout.shape.pages, shape);
@@ -131,8 +156,9 @@ impl Parts<'_> {
         self.call_context(f, &mut scope, kind)?;
         scope.call(f, unit, "attention")?;
         let mut results = vec![scope.require(Operand::Attended, unit, "attention")?];
-        for part in 0..answer.pool.len() {
-            results.push(scope.require(pool(part), unit, "attention")?);
+        for (part, value) in pools.into_iter().enumerate() {
+            let result = scope.require(pool(part), unit, "attention")?;
+            results.push(if are_scales(part) { value } else { result });
         }
         results.push(number);
         Ok(results)

@@ -28,7 +28,8 @@ fn plain(name: &str, shape: &[u64]) -> WeightSpec {
 
 #[test]
 fn a_plan_knows_sizes_and_order() {
-    let (_folder, checkpoint) = model(&[("a", &[2, 4]), ("b", &[6, 4]), ("c.inv_freq", &[3]), ("d", &[1])]);
+    let (_folder, checkpoint) =
+        model(&[("a", &[2, 4]), ("b", &[6, 4]), ("c.inv_freq", &[3]), ("d", &[1]), ("layers.0.k_scale", &[1])]);
     let fused = vec![source("b", &[6, 4], &[Transform::Rows { start: 0, len: 3 }]), source("a", &[2, 4], &[])];
     let description = description(vec![weight("z", &[5, 4], fused), plain("a", &[2, 4])], &["c.*", "d"]);
     let storage = |spec: &WeightSpec| if spec.name == "z" { StorageDType::Bf16 } else { StorageDType::F32 };
@@ -39,7 +40,8 @@ fn a_plan_knows_sizes_and_order() {
         .map(|weight| (weight.tensor_type().to_string(), weight.bytes(), weight.source_bytes()))
         .collect();
     assert_eq!(weights, [("bf16[5,4]".to_owned(), 40, 128), ("f32[2,4]".to_owned(), 32, 32)]);
-    assert_eq!((plan.bytes(), plan.ignored()), (72, ["c.inv_freq".to_owned(), "d".to_owned()].as_slice()));
+    let ignored = ["c.inv_freq", "d", "layers.0.k_scale"].map(str::to_owned);
+    assert_eq!((plan.bytes(), plan.ignored()), (72, ignored.as_slice()));
     assert_eq!(plan.storage_types(), &[(StorageType::F32, 2)].into());
 }
 

@@ -18,6 +18,7 @@ const HALVES: Axis = Axis("halves");
 const PLANES: Axis = Axis("planes");
 const LANE: Axis = Axis("lane");
 const ROWS: Axis = Axis("rows");
+const KEY_OR_VALUE: Axis = Axis("key_or_value");
 
 /// A layer's operands.
 pub struct Layer<'f> {
@@ -30,6 +31,8 @@ pub struct Layer<'f> {
     pub pool: Value<'f>,
     /// What [`super::context`] gave.
     pub context: Vec<Value<'f>>,
+    /// `f32 [2]`: what cached keys and cached values are multiplied by, beside the spec's constant scales.
+    pub scales: Option<Value<'f>>,
 }
 
 /// The attended rows, of the query's shape and type, and the pool.
@@ -42,7 +45,7 @@ pub fn attention<'f>(
 ) -> Result<[Value<'f>; 2], Unsupported> {
     let layout = Layout::new(spec)?;
     let kernel = crate::kernel(spec, shape, tuning)?;
-    let glue = Glue { f, spec, layout: &layout };
+    let glue = Glue { f, spec, layout: &layout, scales: layer.scales };
     let query = glue.query(layer.query.named(&QUERY_AXES));
     let [key, value] = [layer.key, layer.value].map(|part| part.named(&KEY_AXES));
     let new = glue.new_rows(key, value);
@@ -61,12 +64,15 @@ pub(crate) struct Glue<'f, 'a> {
     pub f: &'f Func<'f>,
     pub spec: &'a Spec,
     pub layout: &'a Layout,
+    /// [`Layer::scales`]. The kernel does not know of them: scores are products with keys, and results sums of values.
+    pub scales: Option<Value<'f>>,
 }
 
 impl<'f> Glue<'f, '_> {
     /// `[tokens, q_heads, head_dim]` as `bf16 [tokens, units, rows, width]`.
     pub fn query(&self, query: Value<'f>) -> Value<'f> {
         let Layout { kv_heads, units, unit_heads, group, rows_per_head, .. } = *self.layout;
+        let query = self.scale(Part::Key).map_or(query, |scale| query.convert(DType::F32) * scale);
         let query = query.convert(DType::Bf16).split(Q_HEADS, &[(KV_HEADS, kv_heads as u64), (GROUP, group as u64)]);
         let query = query.pad(GROUP, 0, (rows_per_head - group) as u64, 0);
         let query = query.pad(KV_HEADS, 0, (units * unit_heads - kv_heads) as u64, 0);
@@ -113,7 +119,15 @@ impl<'f> Glue<'f, '_> {
             _ => take(rows, 0),
         };
         let rows = rows.slice(GROUP, 0..group as u64).merge(&[UNITS, UNIT_HEADS], KV_HEADS);
-        rows.slice(KV_HEADS, 0..kv_heads as u64).merge(&[KV_HEADS, GROUP], Q_HEADS)
+        let rows = rows.slice(KV_HEADS, 0..kv_heads as u64).merge(&[KV_HEADS, GROUP], Q_HEADS);
+        self.scale(Part::Value).map_or(rows, |scale| rows.convert(DType::F32) * scale)
+    }
+
+    /// A scalar.
+    fn scale(&self, part: Part) -> Option<Value<'f>> {
+        let at = u64::from(part == Part::Value);
+        let scales = self.scales?.named(&[KEY_OR_VALUE]);
+        Some(scales.slice(KEY_OR_VALUE, at..at + 1).squeeze(KEY_OR_VALUE))
     }
 
     /// The new keys and values, `[tokens, kv_heads, head_dim]` each, as the pool's words:
@@ -162,7 +176,11 @@ impl<'f> Glue<'f, '_> {
 
     /// The bits that numbers are kept as, in `u32`: [`KvFormat::encode`].
     fn encode(&self, part: Part, numbers: Value<'f>) -> Value<'f> {
-        let scaled = |scale: f32| numbers.convert(DType::F32) * scale.recip();
+        let scaled = |scale: f32| {
+            let numbers = numbers.convert(DType::F32);
+            let inverse = |scale: Value<'f>| scale.full_like(1.0f32) / scale;
+            self.scale(part).map_or(numbers, |scale| numbers * inverse(scale)) * scale.recip()
+        };
         let sign = |scaled: Value<'f>| (scaled.bitcast(DType::U32) >> 31) << 7;
         match self.spec.kv {
             KvFormat::Bf16 => numbers.convert(DType::Bf16).bitcast(DType::U16).convert(DType::U32),

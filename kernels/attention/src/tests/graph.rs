@@ -174,9 +174,18 @@ fn rows_are_reordered_as_the_layout_says() {
             ((shape, numbers.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>()), numbers)
         };
         let ((query, q), (key, keys), (value, values)) = (rows(q_heads), rows(kv_heads), rows(kv_heads));
-        let given = [query, key, value];
+        let pair = [scales.keys, scales.values].iter().flat_map(|x| x.to_le_bytes()).collect();
+        let given = [query, key, value, (Tensor::new(DType::F32, [(A, 2)]), pair)];
+        // Half of those of 8 bits have scales that are only known at run time.
+        let compiled = match kv {
+            KvFormat::Int8 { .. } if head_dim != 128 => KvFormat::Int8 { scales: Scales::ONE },
+            KvFormat::Fp8 { .. } if head_dim != 128 => KvFormat::Fp8 { scales: Scales::ONE },
+            kv => kv,
+        };
+        let at_run_time = compiled != kv;
         let executable = cpu.compile(&given, |f, inputs| {
-            let glue = Glue { f, spec: &spec, layout: &layout };
+            let scales = at_run_time.then(|| inputs[3]);
+            let glue = Glue { f, spec: &Spec { kv: compiled, ..spec.clone() }, layout: &layout, scales };
             let query = glue.query(inputs[0].named(&graph::QUERY_AXES));
             let [key, value] = [1, 2].map(|i| inputs[i].named(&graph::KEY_AXES));
             // Where queries and results have the same lanes, what comes back is what went in.
@@ -186,11 +195,12 @@ fn rows_are_reordered_as_the_layout_says() {
         let found = cpu.run(&executable, &given);
         let (query, new, back) = (read_floats(&found[0]), read_ints(&found[1]), read_floats(&found[2]));
         let mut expected = vec![0.0; tokens * layout.units * layout.rows() * layout.width()];
+        let scaled = |number: f32| half::bf16::from_f32(number * if at_run_time { scales.keys } else { 1.0 }).to_f32();
         for (i, number) in q.iter().enumerate() {
             let (token, head, dim) = (i / head_dim / q_heads, i / head_dim % q_heads, i % head_dim);
             let (unit, row) = layout.query_row(head);
             let row = (token * layout.units + unit) * layout.rows() + row;
-            expected[row * layout.width() + layout.query_lane(head / spec.group()) + dim] = *number;
+            expected[row * layout.width() + layout.query_lane(head / spec.group()) + dim] = scaled(*number);
         }
         assert!(query == expected, "queries of {spec:?}");
         for token in 0..tokens {
@@ -205,7 +215,9 @@ fn rows_are_reordered_as_the_layout_says() {
             }
         }
         if layout.place(0, Part::Key, 0).lane == layout.place(0, Part::Value, 0).lane {
-            assert!(back == q, "results of {spec:?}");
+            let factor = if at_run_time { scales.values } else { 1.0 };
+            let expected: Vec<_> = q.iter().map(|number| scaled(*number) * factor).collect();
+            assert!(back == expected, "results of {spec:?}");
         }
     }
 }

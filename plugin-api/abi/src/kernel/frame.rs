@@ -339,7 +339,7 @@ unsafe fn number(dtype: DType, value: *const u8) -> Number {
             DType::U64 => i64::try_from(value.cast::<u64>().read_unaligned()).map_or(Number::Other, Number::Integer),
             DType::F32 => Number::Float(value.cast::<f32>().read_unaligned().into()),
             DType::F64 => Number::Float(value.cast::<f64>().read_unaligned()),
-            DType::F16 | DType::Bf16 => Number::Other,
+            DType::F16 | DType::Bf16 | DType::F8E4M3 => Number::Other,
         }
     }
 }

@@ -16,8 +16,9 @@ use crate::step::Schedule;
 pub struct Case {
     pub name: String,
     pub spec: AttentionSpec,
-    /// Of queries, keys, values, the result and the cache.
+    /// Of queries, keys, values and the result.
     pub dtype: DType,
+    pub kv_dtype: DType,
     pub shape: StepShape,
     pub schedule: Schedule,
     pub seed: u64,
@@ -25,16 +26,17 @@ pub struct Case {
 
 impl Case {
     pub fn new(name: &str, spec: AttentionSpec, dtype: DType, schedule: Schedule) -> Self {
-        Self { name: name.to_owned(), spec, dtype, shape: schedule.shape(), schedule, seed: 1 }
+        Self { name: name.to_owned(), spec, dtype, kv_dtype: dtype, shape: schedule.shape(), schedule, seed: 1 }
     }
 
     pub fn query(&self, target: &Target) -> AttentionQuery {
         AttentionQuery {
             spec: self.spec.clone(),
             dtype: self.dtype,
-            kv_dtype: self.dtype,
+            kv_dtype: self.kv_dtype,
             shape: self.shape,
             target: target.clone(),
+            sets_scales: true,
         }
     }
 }
@@ -127,10 +129,12 @@ fn cases_in(dtype: DType) -> Vec<Case> {
 pub fn target_cases() -> Vec<Case> {
     let shape = |tokens, seqs| StepShape { tokens, seqs, page_size: 128, pages: 512, page_table: 1024 };
     let case = |name: &str, spec, shape| Case { shape, ..Case::new(name, spec, DType::Bf16, Schedule::new(128, &[])) };
+    let fp8 = |case| Case { kv_dtype: DType::F8E4M3, ..case };
     vec![
         case("decode of 64 sequences, 32 heads of 128 over 8", spec(32, 8, 128), shape(64, 64)),
         case("prefill of 512 tokens, 32 heads of 128 over 8", spec(32, 8, 128), shape(512, 64)),
         case("decode of 64 sequences, 8 heads of 64 over 2", spec(8, 2, 64), shape(64, 64)),
+        fp8(case("decode of 64 sequences, 8 heads of 128 over 2, cache of fp8", spec(8, 2, 128), shape(64, 64))),
         case("decode of 64 sequences, 4 heads of 256 over 1", spec(4, 1, 256), shape(64, 64)),
         case(
             "prefill of 512 tokens, window of 1024 and soft cap",

@@ -2,7 +2,7 @@
 
 use torus_abi::{
     TensorType,
-    attention::{AttentionAnswer, AttentionQuery, EmitAttention, Target},
+    attention::{AttentionAnswer, AttentionQuery, EmitAttention, Target, scales_type},
     fragment::{Fragment, Operand},
 };
 
@@ -65,7 +65,17 @@ pub fn examine(backend: &dyn Backend, case: &Case, target: &Target) -> Result<Ch
 }
 
 fn check_pool(query: &AttentionQuery, answer: &AttentionAnswer) -> Result<(), String> {
-    let bytes: Option<u64> = answer.pool.iter().map(TensorType::bytes).sum();
+    if answer.scales.is_some_and(|part| !query.sets_scales || answer.pool.get(part) != Some(&scales_type())) {
+        let set = if query.sets_scales { "sets" } else { "does not set" };
+        return Err(format!(
+            "part {:?} of its pool {:?} is to hold scales of type {}, which the host {set}",
+            answer.scales,
+            answer.pool,
+            scales_type()
+        ));
+    }
+    let paged = answer.pool.iter().enumerate().filter(|(part, _)| answer.scales != Some(*part));
+    let bytes: Option<u64> = paged.map(|(_, tensor)| tensor.bytes()).sum();
     let said = answer.page_bytes.checked_mul(query.shape.pages);
     match (bytes, said) {
         (Some(bytes), Some(said)) if bytes == said && bytes > 0 => Ok(()),

@@ -102,6 +102,7 @@ impl Assembler<'_> {
                 kv_dtype: self.dtype,
                 shape,
                 target: self.target.clone(),
+                sets_scales: false,
             };
             let answer = self.backend.query(&query)?;
             if answer.score == 0 {

@@ -41,6 +41,8 @@ pub struct Case {
     pub soft_cap: Option<f32>,
     pub dtype: DType,
     pub kv_dtype: DType,
+    /// Of keys and of values, in a cache of 8 bits.
+    pub scales: [f32; 2],
     pub sequences: Vec<Sequence>,
     /// Tokens past the last real one.
     pub padding: usize,
@@ -60,6 +62,7 @@ impl Default for Case {
             soft_cap: None,
             dtype: DType::F32,
             kv_dtype: DType::F32,
+            scales: [0.5, 0.003],
             sequences: Vec::new(),
             padding: 0,
             pages_spare: 1,
@@ -130,7 +133,8 @@ impl Case {
 
     pub fn pool_bytes(&self) -> u64 {
         let slots = self.pages() * self.page_size;
-        (2 * slots * self.kv_heads * self.head_dim * self.kv_dtype.bytes()) as u64
+        let scales = if self.kv_dtype == DType::F8E4M3 { size_of_val(&self.scales) } else { 0 };
+        (2 * slots * self.kv_heads * self.head_dim * self.kv_dtype.bytes() + scales) as u64
     }
 
     pub fn page_table_len(&self) -> usize {
@@ -157,13 +161,36 @@ impl Case {
                 page_table: self.page_table_len() as u64,
             },
             target: Target { platform: "cpu".into(), device_kind: String::new() },
+            sets_scales: true,
         }
     }
 
     /// Contents of the pools before the step: noise, also where nobody owns it.
     pub fn pool(&self) -> Pool {
         let len = self.pages() * self.page_size * self.kv_heads * self.head_dim;
-        [1, 2].map(|part| noise(self.seed * 10 + part, len, self.kv_dtype))
+        [0, 1].map(|part| {
+            let numbers = noise(self.seed * 10 + part as u64 + 1, len, DType::F32);
+            numbers.into_iter().map(|number| self.kept(part, number)).collect()
+        })
+    }
+
+    /// What a number becomes in the cache of keys or of values.
+    fn kept(&self, part: usize, number: f32) -> f32 {
+        match self.kv_dtype {
+            DType::F8E4M3 => self.decode(part, self.encode(part, number)),
+            dtype => rounded(number, dtype),
+        }
+    }
+
+    fn encode(&self, part: usize, number: f32) -> u8 {
+        let scaled = number * self.scales[part].recip();
+        let distance = |byte: &u8| ((f8(*byte) - scaled.abs()).abs(), byte & 1);
+        let nearest = (0..=0x7E).min_by(|a, b| distance(a).partial_cmp(&distance(b)).unwrap()).unwrap();
+        nearest | if scaled.is_sign_negative() { 0x80 } else { 0 }
+    }
+
+    fn decode(&self, part: usize, byte: u8) -> f32 {
+        f8(byte) * self.scales[part]
     }
 
     /// Q, K and V of the new tokens and of the padding.
@@ -220,7 +247,7 @@ impl Case {
         for (token, slot) in inputs.kv_slot.iter().enumerate() {
             for part in 0..2 {
                 let row = rows[part + 1][token * width..][..width].iter();
-                let row: Vec<_> = row.map(|value| rounded(*value, self.kv_dtype)).collect();
+                let row: Vec<_> = row.map(|value| self.kept(part, *value)).collect();
                 pool[part][*slot as usize * width..][..width].copy_from_slice(&row);
             }
         }
@@ -262,10 +289,23 @@ impl Case {
         let heads = [self.q_heads, self.kv_heads, self.kv_heads];
         let rows = [0, 1, 2].map(|i| float_buffer(&rows[i], self.dtype, &[tokens, heads[i], self.head_dim]));
         let dims = [self.pages() * self.page_size, self.kv_heads, self.head_dim];
-        let pools = [0, 1].map(|part| float_buffer(&pool[part], self.kv_dtype, &dims));
-        let arguments: Vec<_> = integers.iter().chain(&rows).chain(&pools).collect();
+        let eight_bits = self.kv_dtype == DType::F8E4M3;
+        let bytes = |part: usize| pool[part].iter().map(|number| self.encode(part, *number)).collect::<Vec<_>>();
+        let pools = [0, 1].map(|part| match eight_bits {
+            true => buffer(&bytes(part), ElementType::U8, &dims),
+            false => float_buffer(&pool[part], self.kv_dtype, &dims),
+        });
+        let scales = eight_bits.then(|| float_buffer(&self.scales, DType::F32, &[2]));
+        let arguments: Vec<_> = integers.iter().chain(&rows).chain(&pools).chain(&scales).collect();
         let outputs = program.execute(&arguments).unwrap().outputs;
-        (read(&outputs[0], self.dtype), [read(&outputs[1], self.kv_dtype), read(&outputs[2], self.kv_dtype)])
+        let found = |part: usize| match eight_bits {
+            true => outputs[1 + part].to_host_vec().unwrap().iter().map(|byte| self.decode(part, *byte)).collect(),
+            false => read(&outputs[1 + part], self.kv_dtype),
+        };
+        if eight_bits {
+            assert_eq!(read(&outputs[3], DType::F32), self.scales);
+        }
+        (read(&outputs[0], self.dtype), [found(0), found(1)])
     }
 
     /// `(step inputs…, query, key, value, pool…) -> (attended, pool…)`, with the pools updated in place.
@@ -290,7 +330,7 @@ fn main_text(fragment: &Fragment) -> String {
     let own = arguments.len() - parts.len();
     let mut main = Vec::new();
     for (i, tensor) in inputs.iter().chain(&arguments[..own]).enumerate() {
-        let pool = (i + 2).checked_sub(inputs.len() + own);
+        let pool = (i + results.len() - 1).checked_sub(inputs.len() + own);
         let alias = pool.map_or(String::new(), |part| format!(" {{tf.aliasing_output = {} : i32}}", part + 1));
         main.push(format!("%a{i}: {}{alias}", tensor.mlir()));
     }
@@ -355,6 +395,16 @@ fn client() -> &'static Client {
 fn noise(seed: u64, len: usize, dtype: DType) -> Vec<f32> {
     let mut random = ChaCha8Rng::seed_from_u64(seed);
     (0..len).map(|_| rounded(random.random_range(-1.0..1.0), dtype)).collect()
+}
+
+/// What eight bits stand for as `f8e4m3fn`.
+fn f8(byte: u8) -> f32 {
+    let (exponent, mantissa) = (i32::from(byte >> 3 & 0xF), f32::from(byte & 7));
+    let magnitude = match exponent {
+        0 => mantissa * 2f32.powi(-9),
+        _ => (8.0 + mantissa) * 2f32.powi(exponent - 10),
+    };
+    if byte & 0x80 != 0 { -magnitude } else { magnitude }
 }
 
 fn rounded(value: f32, dtype: DType) -> f32 {

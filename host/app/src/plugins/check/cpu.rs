@@ -67,5 +67,6 @@ fn element(dtype: DType) -> ElementType {
         DType::Bf16 => ElementType::BF16,
         DType::F32 => ElementType::F32,
         DType::F64 => ElementType::F64,
+        DType::F8E4M3 => ElementType::F8E4M3FN,
     }
 }
