@@ -44,7 +44,9 @@ test: setup examples
 	  cargo test --release --locked --target-dir target/plugins --manifest-path $$manifest || exit 1; \
 	done
 	cargo test --release --locked --workspace
-	for level in portable avx2; do TORUS_CPU_LEVEL=$$level cargo test --release --locked --package torus-cpu || exit 1; done
+	binary=$$(cargo test --release --locked --workspace --no-run 2>&1 | sed -n 's/.* (\(.*torus_cpu-.*\))/\1/p'); \
+	test -x "$$binary" || exit 1; \
+	for level in portable avx2; do TORUS_CPU_LEVEL=$$level $$binary || exit 1; done
 
 # Rust's sanitizers are not stable yet; the compiler has them all the same.
 sanitize:
