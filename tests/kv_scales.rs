@@ -1,9 +1,10 @@
-//! `--kv-cache-dtype fp8_e4m3`: the scales of a checkpoint reach the cache.
+//! `--kv-cache-dtype fp8_e4m3`: the scales of a checkpoint reach the layers they are for, in programs of layers one after the
+//! other and in loops.
 
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
-use torus_engine::{EngineConfig, KvCacheDtype, api::LogprobOptions};
+use torus_engine::{EngineConfig, KvCacheDtype, api::LogprobOptions, config::CompileMode};
 use torus_weights::ResolvedModel;
 
 use crate::{
@@ -68,10 +69,22 @@ fn caches_of_8_bits_have_the_scales_of_the_checkpoint() {
     let exact = logprobs(of(&model(), KvCacheDtype::Auto));
     let plain = fp8(&model());
     assert_eq!(plain, fp8(with_scales(&[[1.0; 2]; 2]).path()), "without scales they are 1");
-    assert!(largest_difference(&plain, &exact) < 0.5, "{plain:?} {exact:?}");
-    // So small that of the first layer's keys and values all are the largest number.
-    let coarse = fp8(with_scales(&[[1e-6, 0.01], [0.02, 40.0]]).path());
-    assert!(largest_difference(&coarse, &exact) > 1.0, "{coarse:?} {exact:?}");
+    // So large that of the second layer's values hardly anything is left, and so small that of the first one's keys all are the
+    // largest number.
+    let scales = [[1e-6, 0.3], [0.7, 4000.0]];
+    let (right, swapped) = (fp8(with_scales(&scales).path()), fp8(with_scales(&[scales[1], scales[0]]).path()));
+    let fine = fp8(with_scales(&[[0.5, 0.3], [0.7, 0.2]]).path());
+    for near in [&plain, &fine] {
+        assert!(largest_difference(near, &exact) < 0.5, "{near:?} {exact:?}");
+    }
+    for (one, other) in [(&right, &exact), (&swapped, &exact), (&right, &swapped)] {
+        assert!(largest_difference(one, other) > 1.0, "{right:?} {swapped:?} {exact:?}");
+    }
+    let folder = with_scales(&scales);
+    let config = of(folder.path(), KvCacheDtype::Fp8E4m3);
+    let in_loops = logprobs(EngineConfig { compile_mode: CompileMode::Fast, ..config });
+    // A number may be rounded the other way.
+    assert!(largest_difference(&right, &in_loops) < 0.2, "{right:?} {in_loops:?}");
 }
 
 #[test]
