@@ -28,7 +28,7 @@ pub(crate) fn presets(blueprint: &Blueprint, checkpoint: &Checkpoint) -> Result<
         Some(_) if arguments.scales.is_empty() => {
             let message =
                 format!("plugin '{plugin}' has no place for the scales of the cache that the checkpoint brings");
-            return Err(invalid("--attention-backend", message));
+            return Err(invalid("attention_backend", message));
         }
         Some(scales) => scales,
         None if kv_dtype == DType::F8E4M3 => vec![[1.0; 2]; description.layers.len()],
@@ -37,7 +37,7 @@ pub(crate) fn presets(blueprint: &Blueprint, checkpoint: &Checkpoint) -> Result<
                 "plugin '{plugin}' keeps whole numbers that are multiplied by scales of the checkpoint (k_scale, v_scale), \
                  which has none; 'fp8_e4m3' does without"
             );
-            return Err(invalid("--kv-cache-dtype int8", message));
+            return Err(invalid("kv_cache_dtype", message));
         }
     };
     tracing::info!(%kv_dtype, first = ?scales.first(), "scales of the KV cache");

@@ -136,8 +136,9 @@ impl Scheduler {
         self.mixed_prefill = limit;
     }
 
-    /// The limit beside so many that decode, with so many prompts begun. Where more wait for their first token than for the next, it is as many times
-    /// higher: nobody waits long for few, and a burst of prompts is not computed in small pieces.
+    /// The limit beside so many that decode, with so many prompts begun. Where more wait for their first token than for
+    /// the next, it is as many times higher: nobody waits long for few, and a burst of prompts is not computed in small
+    /// pieces.
     fn mixed_prefill_limit(&self, decodes: usize, prefills: usize) -> f64 {
         let waiting = self.queue.len() + prefills;
         self.mixed_prefill.tokens * (waiting / decodes).max(1) as f64

@@ -107,6 +107,27 @@ fn products_are_those_of_the_decoded_rows_at_every_level() {
     }
 }
 
+/// The largest bytes with activations that are all as large: what is added up in few bits has to hold them.
+#[test]
+fn the_largest_products_are_exact() {
+    let (columns, outputs) = (64, 17);
+    for (byte, sign) in [(i8::MAX, 1.0f32), (i8::MIN, 1.0), (i8::MAX, -1.0), (i8::MIN, -1.0)] {
+        let block = [&f16::ONE.to_le_bytes()[..], &[byte as u8; BLOCK]].concat();
+        let row_bytes = SourceType::Q8_0.row_bytes(columns).unwrap();
+        let rows = Rows { source: SourceType::Q8_0, row_bytes, bytes: block.repeat(outputs * columns / BLOCK) };
+        let memory = packed(&rows, Format::Q8, outputs, columns);
+        let w = PackedMatrix::parse(&memory).unwrap();
+        for (level, count) in Level::available().flat_map(|level| [(level, 1), (level, 7)]) {
+            let prepared = Prepared::of(level, &vec![sign; count * columns], &w);
+            let mut y = vec![f32::NAN; count * outputs];
+            linear_prepared(&prepared, &w, Epilogue::<f32>::NONE, &mut y);
+            // Activations are 64 steps of 1 / 63.5 at most.
+            let exact = f32::from(byte) * sign * columns as f32;
+            assert!(y.iter().all(|y| (y / exact - 1.0).abs() < 0.01), "{level} {count} {byte}: {y:?}, exactly {exact}");
+        }
+    }
+}
+
 /// Against the quantized activations, only rounding of f32 may differ: of a few operations for each block, relative to
 /// the magnitudes, among which are those of elements with their offset. Against the true ones, half a step each.
 fn check(prepared: &Prepared, x: &[f32], row: usize, weights: &[f32], y: f32, what: &str) {
