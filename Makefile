@@ -31,7 +31,7 @@ build:
 	cargo build --release --locked --workspace --bins
 
 serve: build
-	$(torus) serve --model-path $(model) --served-model-name SmolLM2-135M-Instruct --host 127.0.0.1 --port 30000 $(ARGS)
+	$(torus) serve --model-path $(model) --served-model-name SmolLM2-135M-Instruct $(ARGS)
 
 examples:
 	for manifest in examples/*/Cargo.toml; do \
