@@ -17,6 +17,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use rustix::thread::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
 use torus_abi::table::ParallelBody;
 
 static LIMIT: OnceLock<usize> = OnceLock::new();
@@ -48,6 +49,7 @@ pub(crate) unsafe extern "C" fn parallel_for(count: usize, body: ParallelBody, c
     let work = Work { body, context };
     let pool = POOL.get_or_init(|| Pool::start(threads() - 1));
     if count > 1 && !pool.workers.is_empty() && !pool.taken.swap(true, Ordering::Acquire) {
+        pool.make_way();
         pool.run(count, work);
         pool.taken.store(false, Ordering::Release);
     } else {
@@ -83,6 +85,8 @@ struct Line<T>(T);
 
 struct Pool {
     workers: Vec<Thread>,
+    /// The CPUs that workers are pinned to, and those that are left to callers.
+    places: Option<[CpuSet; 2]>,
     /// Whether a caller has the pool.
     taken: AtomicBool,
     /// The number of the job, the workers inside, and whether more may come in.
@@ -101,9 +105,14 @@ impl Pool {
     /// With so many workers beside the caller, or as many as the system gives.
     fn start(workers: usize) -> Self {
         let cpus = if PINNED.load(Ordering::Relaxed) { allowed_cpus() } else { Vec::new() };
+        // The first CPU is left to the callers; with fewer CPUs than threads nobody is pinned.
+        let places = (workers < cpus.len()).then(|| {
+            let (first, rest) = cpus.split_at(1);
+            let (pinned, others) = rest.split_at(workers);
+            [set_of(pinned.iter()), set_of(first.iter().chain(others))]
+        });
         let start = |index: usize| {
-            // The first CPU is left to the callers; with fewer CPUs than threads nobody is pinned.
-            let cpu = cpus.get(index + 1).copied().filter(|_| workers < cpus.len());
+            let cpu = places.as_ref().and_then(|_| cpus.get(index + 1).copied());
             let named = thread::Builder::new().name(format!("kernel-{index}"));
             named.spawn(move || serve(cpu)).map(|handle| handle.thread().clone())
         };
@@ -111,6 +120,7 @@ impl Pool {
         let started = started.inspect_err(|error| tracing::warn!(%error, "kernels run on one thread: no others start"));
         Self {
             workers: started.unwrap_or_default(),
+            places,
             taken: AtomicBool::new(false),
             gate: Line(AtomicUsize::new(0)),
             next: Line(AtomicUsize::new(0)),
@@ -118,6 +128,23 @@ impl Pool {
             body: AtomicPtr::new(std::ptr::null_mut()),
             context: AtomicPtr::new(std::ptr::null_mut()),
             parked: Line(AtomicUsize::new(0)),
+        }
+    }
+
+    /// Moves the caller off a worker's CPU, where both would take turns while the callers' CPU idles: the worker cannot
+    /// move, and the system mends it only after milliseconds. The caller is not pinned, for XLA's own threads are callers
+    /// too, and share all CPUs in between.
+    fn make_way(&self) {
+        let Some([workers, callers]) = &self.places else { return };
+        if !workers.is_set(sched_getcpu()) {
+            return;
+        }
+        let moved = sched_getaffinity(None).and_then(|own| {
+            sched_setaffinity(None, callers)?;
+            sched_setaffinity(None, &own)
+        });
+        if let Err(error) = moved {
+            tracing::debug!(%error, "a thread that calls kernels stays on the CPU of another");
         }
     }
 
@@ -214,17 +241,18 @@ fn serve(cpu: Option<usize>) {
 
 /// The CPUs that this process may use.
 fn allowed_cpus() -> Vec<usize> {
-    let allowed = rustix::thread::sched_getaffinity(None);
-    allowed.map_or_else(
-        |_| Vec::new(),
-        |set| (0..rustix::thread::CpuSet::MAX_CPU).filter(|cpu| set.is_set(*cpu)).collect(),
-    )
+    let allowed = sched_getaffinity(None);
+    allowed.map_or_else(|_| Vec::new(), |set| (0..CpuSet::MAX_CPU).filter(|cpu| set.is_set(*cpu)).collect())
+}
+
+fn set_of<'a>(cpus: impl Iterator<Item = &'a usize>) -> CpuSet {
+    let mut set = CpuSet::new();
+    cpus.for_each(|cpu| set.set(*cpu));
+    set
 }
 
 fn pin(cpu: usize) {
-    let mut only = rustix::thread::CpuSet::new();
-    only.set(cpu);
-    if let Err(error) = rustix::thread::sched_setaffinity(None, &only) {
+    if let Err(error) = sched_setaffinity(None, &set_of([cpu].iter())) {
         tracing::debug!(cpu, %error, "a kernel thread is not pinned");
     }
 }
