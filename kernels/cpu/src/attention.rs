@@ -227,7 +227,7 @@ impl Work<'_> {
         let (params, head_dim, level) = (self.params, self.params.head_dim, level());
         let tile_of = |task: &Task| Tile::new(params, self.step, &self.tiles[task.tile as usize], pool, scales);
         let saved = STRIPS * Partial::saved(head_dim);
-        let places = self.tasks.iter().filter(|task| task.parts > 1).count();
+        let (places, ahead) = (self.tasks.iter().filter(|task| task.parts > 1).count(), threads());
         let mut partials = Buffer::<f32>::take(places * saved);
         let (shared, parts) = (Shared::new(out), Shared::new(&mut partials));
         parallel_for(self.tasks.len(), |index| {
@@ -236,7 +236,15 @@ impl Work<'_> {
             let mut strips = tile.strips();
             let mut q = Buffer::<Q>::take(tile.rows() * head_dim);
             load_queries(&tile, params, queries, &mut q);
-            tile.attend(level, products, &q, tile.part(task.part as usize, task.parts as usize), &mut strips);
+            let range_of = |tile: &Tile<'_, K>, task: &Task| tile.part(task.part as usize, task.parts as usize);
+            let range = range_of(&tile, task);
+            // What this thread probably does next.
+            let after = self.tasks.get(index + ahead).map(|task| (tile_of(task), task));
+            let after = after.map_or_else(
+                || tile.first_groups(range.clone()),
+                |(tile, task)| tile.first_groups(range_of(&tile, task)),
+            );
+            tile.attend(level, products, &q, range, &after, &mut strips);
             if task.parts == 1 {
                 return finish(&tile, params, &strips, &shared);
             }

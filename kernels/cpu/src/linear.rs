@@ -33,6 +33,8 @@ use crate::{
 
 /// Up to so many rows, a task takes all rows, and the matrix is read once.
 const FEW_ROWS: usize = 32;
+/// Tasks of each thread when there are few rows: whoever the system interrupts leaves the rest to others.
+const TASKS_PER_THREAD: usize = 4;
 /// Rows of a task when there are many, but for whole register tiles.
 const TASK_ROWS: usize = 132;
 /// Groups of a tile at most: 24 rows of 128 columns are 12 KiB.
@@ -206,7 +208,14 @@ impl Cut {
         let tile_rows = tile_rows(level);
         let block = (BLOCK_BYTES / group_bytes.max(1) / 2 * 2).clamp(2, TILE_GROUPS);
         if rows <= FEW_ROWS {
-            return Self { rows, tile_rows, row_chunks: 1, parts: threads().min(groups), unit: 1, block };
+            return Self {
+                rows,
+                tile_rows,
+                row_chunks: 1,
+                parts: (threads() * TASKS_PER_THREAD).min(groups),
+                unit: 1,
+                block,
+            };
         }
         let row_chunks = rows.div_ceil(TASK_ROWS);
         // Some tasks for each thread, so that none waits long for another at the end.

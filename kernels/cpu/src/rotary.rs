@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// Elements from which the work is spread over threads.
-const PARALLEL_ELEMENTS: usize = 1 << 15;
+const PARALLEL_ELEMENTS: usize = 1 << 12;
 
 /// Which heads of a row turn.
 #[derive(Clone, Debug)]

@@ -10,8 +10,10 @@
 //! The first token of a group clears it, so that no value is left in it that is no number: its weight of 0 would not
 //! hide it.
 
+use std::ops::Range;
+
 use half::bf16;
-use torus_abi::kernel::parallel_for;
+use torus_abi::kernel::{parallel_for, threads};
 
 use super::{Inputs, Params, Step};
 use crate::{
@@ -207,17 +209,60 @@ pub(crate) fn value_at(pairs: bool, t: usize, d: usize) -> usize {
     if pairs { ((block * GROUP / 2 + t / 2) * 16 + lane) * 2 + t % 2 } else { (block * GROUP + t) * 16 + lane }
 }
 
-/// Tokens that are written by one thread, at least.
+/// Tokens that are written by one thread at a time, at most.
 const PART_TOKENS: usize = 128;
 
-/// Where a part of the step's tokens begins: with a group's first token, or a sequence's, so that no group is in two.
-fn part_start(step: &Step<'_>, part: usize) -> usize {
+/// Where the part of the step's tokens begins that has token `from` or is the next: with a group's first token, or a
+/// sequence's, so that no group is in two.
+fn part_start(step: &Step<'_>, from: usize) -> usize {
     let tokens = step.tokens();
     let is_start = |token: &usize| {
         (step.kv_slot[*token] as usize).is_multiple_of(GROUP)
             || step.cu_q_lens[..step.num_seqs].contains(&(*token as i32))
     };
-    (part * PART_TOKENS..tokens).find(is_start).unwrap_or(tokens)
+    (from..tokens).find(is_start).unwrap_or(tokens)
+}
+
+/// Lines of memory that [`write`] touches for one token, of all KV heads: a key has its dimensions in all lines of the
+/// group's keys, a value in one for 16 dimensions.
+pub(crate) fn lines_of_token<K: KvElement>(params: &Params) -> usize {
+    params.kv_heads * (key_lines::<K>(params.head_dim) + params.head_dim / GROUP)
+}
+
+fn key_lines<K: KvElement>(head_dim: usize) -> usize {
+    (GROUP * head_dim * size_of::<K>()).div_ceil(LINE)
+}
+
+/// Bytes of a line of the caches.
+const LINE: usize = 64;
+
+/// Fetches some of the lines of [`lines_of_token`] into the second-level cache.
+pub(crate) fn fetch<K: KvElement>(params: &Params, step: &Step<'_>, pool: &[K], token: usize, lines: Range<usize>) {
+    let (shape, head_dim) = (PoolShape::new(params), params.head_dim);
+    let Some(slot) = step.kv_slot.get(token).and_then(|slot| usize::try_from(*slot).ok()) else { return };
+    let (page, offset) = (slot / params.page_size, slot % params.page_size);
+    let (key_lines, value_lines) = (key_lines::<K>(head_dim), head_dim / GROUP);
+    for line in lines {
+        let (kv_head, line) = (line / (key_lines + value_lines), line % (key_lines + value_lines));
+        let group = shape.group(page, kv_head, offset / GROUP) * shape.group_elements();
+        let at = match line.checked_sub(key_lines) {
+            None => group + line * LINE / size_of::<K>(),
+            Some(block) => group + GROUP * head_dim + value_at(K::Compute::PAIRS, offset % GROUP, block * GROUP),
+        };
+        fetch_line(pool.as_ptr().wrapping_add(at).cast());
+    }
+}
+
+/// Asks for a line of memory, if there is such a line.
+#[inline(always)]
+fn fetch_line(line: *const u8) {
+    // SAFETY: nothing is read.
+    #[cfg(target_arch = "x86_64")]
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(line.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = line;
 }
 
 /// Writes the keys and values of a step's tokens.
@@ -230,11 +275,12 @@ pub(crate) fn write<X: Element, K: KvElement>(
 ) {
     let (shape, head_dim) = (PoolShape::new(params), params.head_dim);
     let (groups, scales) = (Shared::new(pool), Shared::new(scales));
-    let parts = step.tokens().div_ceil(PART_TOKENS);
+    let part_tokens = step.tokens().div_ceil(2 * threads()).clamp(1, PART_TOKENS);
+    let parts = step.tokens().div_ceil(part_tokens);
     parallel_for(params.kv_heads * parts, |index| {
         let (kv_head, part) = (index % params.kv_heads, index / params.kv_heads);
         let (level, mut values, mut encoded) = (level(), Buffer::<f32>::take(head_dim), Buffer::<K>::take(head_dim));
-        for token in part_start(step, part)..part_start(step, part + 1) {
+        for token in part_start(step, part * part_tokens)..part_start(step, (part + 1) * part_tokens) {
             let slot = step.kv_slot[token] as usize;
             let (page, offset) = (slot / params.page_size, slot % params.page_size);
             let (group, t) = (shape.group(page, kv_head, offset / GROUP), offset % GROUP);

@@ -92,13 +92,20 @@ impl<'a, K: KvElement> Tile<'a, K> {
         (&self.pool[group * len..][..len], scales)
     }
 
-    /// Attends to the positions of `range`, with queries and weights as the products take them.
+    /// Where the first groups of `range` lie.
+    pub fn first_groups(&self, range: Range<usize>) -> Next {
+        std::array::from_fn(|index| self.group((range.start + index * GROUP).min(range.end - 1)).0.as_ptr().cast())
+    }
+
+    /// Attends to the positions of `range`, with queries and weights as the products take them, and fetches the keys of
+    /// `after` at the end.
     pub fn attend<X: Compute>(
         &self,
         level: Level,
         products: Products<X, K::Compute>,
         q: &[X],
         range: Range<usize>,
+        after: &Next,
         out: &mut [Partial],
     ) {
         let (rows, head_dim) = (STRIP_ROWS.min(self.rows()), self.params.head_dim);
@@ -121,10 +128,11 @@ impl<'a, K: KvElement> Tile<'a, K> {
             }
             let blocks = &blocks[..groups];
             // The processor does not foresee what lies in other pages.
-            let next = std::array::from_fn(|index| match K::SCALED {
-                true => blocks[index.min(groups - 1)].as_ptr().cast(),
-                false => self.group((end + index * GROUP).min(range.end - 1)).0.as_ptr().cast(),
-            });
+            let next = match K::SCALED {
+                true => std::array::from_fn(|index| blocks[index.min(groups - 1)].as_ptr().cast()),
+                false if end < range.end => self.first_groups(end..range.end),
+                false => *after,
+            };
             for (strip, out) in out.iter_mut().enumerate() {
                 let strip = self.strip(strip);
                 if strip.is_empty() {

@@ -12,7 +12,7 @@ use super::{Activations, MATRIX, cache_index, cleared, expect, matrix, profile, 
 use crate::{
     Epilogue, Norm,
     activations::{Element, Prepared},
-    attention::{Inputs, KvElement, Params, Rows, Step, attention},
+    attention::{Inputs, KvElement, Params, Rows, Step, attention, pages},
     level, linear_normed, linear_prepared,
     packed::PackedMatrix,
     product,
@@ -66,6 +66,10 @@ pub fn name(dtype: DType, kv_dtype: DType) -> Option<&'static str> {
     };
     Some(names[cache_index(kv_dtype)?])
 }
+
+/// Tokens of a step at most, for which the pages that will be written are fetched during the product before: few lie side
+/// by side, and the first product waits for little memory.
+const FETCHED_ROWS: usize = 64;
 
 /// Step inputs that the kernels take as context, in this order.
 const CONTEXT: usize = 6;
@@ -233,9 +237,15 @@ impl Block<'_> {
         let level = level();
         let normed = Prepared::normed(level, x, self.norm, self.eps, &self.qkv);
         let mut joint = Buffer::<X>::take(rows * width);
-        let shared = Shared::new(&mut joint);
+        let (shared, held, lines) = (Shared::new(&mut joint), &*pool, pages::lines_of_token::<K>(&self.params));
         product(&normed, &self.qkv, |tile| {
             let column = tile.first_column();
+            if rows <= FETCHED_ROWS {
+                let lines = lines * column / width..lines * (column + tile.width()) / width;
+                for row in 0..tile.rows() {
+                    pages::fetch(&self.params, &self.step, held, tile.first_row() + row, lines.clone());
+                }
+            }
             for index in 0..tile.rows() {
                 let start = (tile.first_row() + index) * width + column;
                 let values = tile.row_mut(index);
