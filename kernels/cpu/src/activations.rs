@@ -22,6 +22,11 @@ use crate::{
 /// Values above which rows are prepared by all threads.
 const PARALLEL_VALUES: usize = 1 << 12;
 
+/// Rows of a panel: see [`Prepared::panels`].
+pub(crate) const PANEL_ROWS: usize = 6;
+/// Rows above which AVX2 reads f32 in panels.
+const PANELS_FROM: usize = 32;
+
 /// Which forms of the activations a product reads.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Forms {
@@ -58,6 +63,8 @@ pub struct Prepared {
     columns: usize,
     /// From row to row, in both float forms.
     stride: usize,
+    /// Whether f32 is in panels.
+    in_panels: bool,
     f32: Buffer<f32>,
     bf16: Buffer<bf16>,
     quantized: QuantizedRows,
@@ -71,7 +78,13 @@ impl Prepared {
     pub fn new(level: Level, forms: Forms, rows: usize, columns: usize) -> Self {
         assert!(level.is_available(), "a machine with {level}");
         let stride = columns.next_multiple_of(BLOCK);
+        let in_panels = forms.f32 && level == Level::Avx2 && rows > PANELS_FROM;
         let len = |wanted| if wanted { rows * stride } else { 0 };
+        let mut f32 = Buffer::take(len(forms.f32).next_multiple_of(if in_panels { PANEL_ROWS * stride } else { 1 }));
+        if in_panels {
+            // Rows of the last panel that nobody puts.
+            f32[rows / PANEL_ROWS * PANEL_ROWS * stride..].fill(0.0);
+        }
         let quantized = if forms.quantized { (rows, columns) } else { (0, 0) };
         Self {
             level,
@@ -79,7 +92,8 @@ impl Prepared {
             rows,
             columns,
             stride,
-            f32: Buffer::take(len(forms.f32)),
+            in_panels,
+            f32,
             bf16: Buffer::take(len(forms.bf16)),
             quantized: QuantizedRows::new(quantized.0, quantized.1, forms.pairs),
         }
@@ -111,6 +125,8 @@ impl Prepared {
         };
         if x.len() > PARALLEL_VALUES {
             let len = (PARALLEL_VALUES / 2 / columns).max(1);
+            // Threads do not share the lines of a panel.
+            let len = if prepared.in_panels { len.next_multiple_of(PANEL_ROWS) } else { len };
             let rows = prepared.rows;
             parallel_for(rows.div_ceil(len), |index| chunk(index * len..rows.min((index + 1) * len)));
         } else {
@@ -129,7 +145,10 @@ impl Prepared {
         assert!(row < self.rows && end <= self.columns && start.is_multiple_of(BLOCK), "a part of a row");
         assert!(end.is_multiple_of(BLOCK) || end == self.columns, "whole blocks");
         let (at, len) = (row * self.stride + start, values.len().next_multiple_of(BLOCK));
-        if self.forms.f32 {
+        if self.in_panels {
+            // SAFETY: as below.
+            unsafe { self.put_in_panel(row, start, values, len) };
+        } else if self.forms.f32 {
             // SAFETY: within the buffer, since the stride is whole blocks; the caller says that no one else uses it.
             let to = unsafe { std::slice::from_raw_parts_mut(self.f32.as_shared_ptr().add(at), len) };
             to[..values.len()].copy_from_slice(values);
@@ -144,6 +163,24 @@ impl Prepared {
         if self.forms.quantized {
             // SAFETY: as above, for the blocks of these columns.
             unsafe { self.quantized.put(self.level, row, start / BLOCK, values) };
+        }
+    }
+
+    /// Writes values and zeros after them, `len` in all.
+    ///
+    /// # Safety
+    /// That of [`Self::put`]; the columns are within the stride.
+    unsafe fn put_in_panel(&self, row: usize, start: usize, values: &[f32], len: usize) {
+        let at = (row / PANEL_ROWS * self.stride + start) * PANEL_ROWS + row % PANEL_ROWS;
+        // SAFETY: within the buffer, which has whole panels; others write other elements.
+        unsafe {
+            let to = self.f32.as_shared_ptr().add(at);
+            for (column, value) in values.iter().enumerate() {
+                to.add(column * PANEL_ROWS).write(*value);
+            }
+            for column in values.len()..len {
+                to.add(column * PANEL_ROWS).write(0.0);
+            }
         }
     }
 
@@ -165,7 +202,24 @@ impl Prepared {
     }
 
     /// `[rows, stride]`; empty if no format needs it.
+    ///
+    /// # Panics
+    /// If it is in panels.
     pub fn f32(&self) -> &[f32] {
+        assert!(!self.in_panels, "rows, not panels");
+        &self.f32
+    }
+
+    /// Whether [`Self::panels`] takes the place of [`Self::f32`]: with many rows at AVX2.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn is_in_panels(&self) -> bool {
+        self.in_panels
+    }
+
+    /// `[rows / 6, stride, 6]`, the last panel filled up with zeros.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn panels(&self) -> &[f32] {
+        assert!(self.in_panels, "panels, not rows");
         &self.f32
     }
 

@@ -107,7 +107,7 @@ pub fn level() -> Level {
 pub(crate) fn unknown<T>(pointer: *const T) -> *const T {
     let mut pointer = pointer;
     // SAFETY: nothing is done.
-    unsafe { std::arch::asm!("/* {0} */", inout(reg) pointer, options(pure, readonly, nostack, preserves_flags)) };
+    unsafe { std::arch::asm!("/* {0} */", inout(reg) pointer, options(readonly, nostack, preserves_flags)) };
     pointer
 }
 

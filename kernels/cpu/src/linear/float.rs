@@ -3,6 +3,8 @@
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
+#[cfg(target_arch = "x86_64")]
+mod panels;
 mod portable;
 #[cfg(target_arch = "x86_64")]
 mod x86;
@@ -28,6 +30,8 @@ pub(super) fn product(
 ) {
     let job = Job { x, rows, segment, groups, out };
     match (level, segment.format) {
+        #[cfg(target_arch = "x86_64")]
+        (Level::Avx2, _) if x.is_in_panels() => job.run_panels(),
         // The level says that the machine has the instructions.
         #[cfg(target_arch = "x86_64")]
         (Level::Avx512 | Level::Amx, Format::F32) => job.run::<x86::Avx512F32>(),

@@ -92,7 +92,7 @@ avx512!(Avx512Bf16, __m512i, true, 2, 64, |w| _mm512_loadu_si512(w.cast()), |sum
     _mm512_dpbf16_ps(sums, std::mem::transmute::<__m512i, __m512bh>(w), std::mem::transmute::<__m512i, __m512bh>(pair))
 });
 
-type Halves = [__m256; 2];
+pub(super) type Halves = [__m256; 2];
 
 /// # Safety
 /// The machine has AVX2 and FMA.
@@ -228,7 +228,7 @@ avx2!(
 /// # Safety
 /// The machine has AVX2.
 #[inline(always)]
-unsafe fn first([low, high]: [__m256i; 2]) -> Halves {
+pub(super) unsafe fn first([low, high]: [__m256i; 2]) -> Halves {
     // SAFETY: as the caller says.
     unsafe { [_mm256_castsi256_ps(_mm256_slli_epi32::<16>(low)), _mm256_castsi256_ps(_mm256_slli_epi32::<16>(high))] }
 }
@@ -236,7 +236,7 @@ unsafe fn first([low, high]: [__m256i; 2]) -> Halves {
 /// # Safety
 /// As above.
 #[inline(always)]
-unsafe fn second([low, high]: [__m256i; 2]) -> Halves {
+pub(super) unsafe fn second([low, high]: [__m256i; 2]) -> Halves {
     // SAFETY: as the caller says.
     unsafe {
         let mask = _mm256_set1_epi32(0xffff_0000_u32 as i32);
