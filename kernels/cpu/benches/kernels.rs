@@ -1,6 +1,6 @@
 //! The kernels at two threads, at the sizes of SmolLM2-135M, each beside its limit: see `torus_cpu::bench`. Arguments:
-//! formats (`bf16`, `f16`, `f32`, `q8`, `q4`, `q4min`, `q5`, `q5min`, `q6`) or `attention`; `bf16`, `q8`, `q4min` and
-//! `attention` without. `torus bench kernels` prints the same for other sizes, on the server's own threads.
+//! formats (`bf16`, `f16`, `f32`, `q8`, `q4`, `q4min`, `q5`, `q5min`, `q6`), `attention` or `layers` (whole ones, in Q8);
+//! `bf16`, `q8`, `q4min` and `attention` without. `torus bench kernels` prints the same for other sizes, on the server's own threads.
 
 #![expect(clippy::unwrap_used, reason = "a bench that cannot go on ends")]
 
@@ -8,7 +8,7 @@ mod support;
 
 use torus_cpu::{
     attention::Params,
-    bench::{AttentionCase, Timing, attention_layers, linear_layers},
+    bench::{AttentionCase, Sizes, Timing, attention_layers, linear_layers, whole_layers},
     packed::Format,
 };
 
@@ -46,6 +46,10 @@ fn main() {
             "q5" => Format::Q5,
             "q5min" => Format::Q5Min,
             "q6" => Format::Q6,
+            "layers" => {
+                layers();
+                continue;
+            }
             _ => {
                 attention();
                 continue;
@@ -56,6 +60,17 @@ fn main() {
         for rows in [1, 8, 32, 512] {
             print(&format!("linear.{what}.{rows}"), &linear_layers(format, &layers, rows, ROUNDS).unwrap());
         }
+    }
+}
+
+fn layers() {
+    let sizes = Sizes { hidden: 576, intermediate: 1536, layers: LAYERS };
+    for (sequences, new, len) in [(1, 1, 128), (1, 1, 576), (8, 1, 230), (32, 1, 576), (1, 512, 512)] {
+        let case = AttentionCase { sequences, new, len, beside: (0, 0) };
+        print(
+            &format!("layers.{sequences}x{new}@{len}"),
+            &whole_layers(Format::Q8, &PARAMS, sizes, case, ROUNDS).unwrap(),
+        );
     }
 }
 

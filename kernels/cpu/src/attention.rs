@@ -20,6 +20,7 @@ use crate::{
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod block;
 pub mod pages;
 mod portable;
 mod softmax;
@@ -27,6 +28,7 @@ mod softmax;
 mod tests;
 mod tile;
 
+pub use block::Block;
 use pages::Compute;
 pub use pages::{KvElement, PoolShape};
 use softmax::Partial;

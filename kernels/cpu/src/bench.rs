@@ -18,9 +18,11 @@ use crate::{
     workspace::Buffer,
 };
 
+mod layers;
 mod memory;
 mod peak;
 
+pub use layers::{Sizes, whole_layers};
 pub use memory::Memory;
 pub use peak::{Arithmetic, peak};
 
@@ -187,6 +189,17 @@ impl AttentionCase {
         let beside = std::iter::repeat_n((1, self.beside.1), self.beside.0);
         beside.chain(std::iter::repeat_n((self.new, self.len), self.sequences))
     }
+
+    /// Pages that hold something.
+    fn pages(self, page_size: usize) -> usize {
+        self.sequences().map(|(_, len)| len.div_ceil(page_size)).sum()
+    }
+
+    /// Operations of attention: each new token sees those before it and itself.
+    fn operations(self, params: &Params, layers: usize) -> f64 {
+        let pairs: usize = self.sequences().flat_map(|(new, len)| (0..new).map(move |token| len - token)).sum();
+        (layers * pairs * 4 * params.q_heads * params.head_dim) as f64
+    }
 }
 
 /// Attention of a case in so many layers, over bf16 pages that lie scattered.
@@ -205,11 +218,8 @@ pub fn attention_layers(params: &Params, layers: usize, case: AttentionCase, rou
     let part = |from: usize| Rows { data: &rows[from * params.head_dim..], stride: width };
     let inputs = Inputs { q: part(0), k: part(params.q_heads), v: part(params.q_heads + params.kv_heads) };
     let mut out = Buffer::<f32>::take(tokens * params.q_heads * params.head_dim);
-    // Each new token sees those before it and itself.
-    let pairs: usize = case.sequences().flat_map(|(new, len)| (0..new).map(move |token| len - token)).sum();
-    let operations = (layers * pairs * 4 * params.q_heads * params.head_dim) as f64;
-    let used: usize = case.sequences().map(|(_, len)| len.div_ceil(params.page_size)).sum();
-    let read = layers * used * page * size_of::<bf16>();
+    let operations = case.operations(params, layers);
+    let read = layers * case.pages(params.page_size) * page * size_of::<bf16>();
     let mut outcome = Ok(());
     let run = |memory: &mut Memory| {
         for pool in memory.elements_mut::<bf16>().chunks_exact_mut(layer) {

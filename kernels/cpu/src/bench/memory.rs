@@ -5,7 +5,10 @@ use std::ops::{Deref, DerefMut};
 use memmap2::{Advice, MmapMut};
 
 use super::{Level, level};
-use crate::workspace::{Buffer, Plain};
+use crate::{
+    packed::ALIGNMENT,
+    workspace::{Buffer, Plain},
+};
 
 /// Zeroed bytes that begin with a page, or with a cache line where the system has no pages left.
 pub struct Memory(Kind);
@@ -33,10 +36,16 @@ impl Memory {
 
     /// The bytes as elements, without those at the end that make none.
     pub fn elements_mut<T: Plain>(&mut self) -> &mut [T] {
-        let len = self.len() / size_of::<T>();
-        // SAFETY: any bytes are a value of a plain type, whose alignment is at most a cache line's.
-        unsafe { std::slice::from_raw_parts_mut(self.as_mut_ptr().cast(), len) }
+        elements_mut(self)
     }
+}
+
+/// Bytes that begin with a cache line as elements, without those at the end that make none.
+pub(super) fn elements_mut<T: Plain>(bytes: &mut [u8]) -> &mut [T] {
+    assert!(bytes.as_ptr().addr().is_multiple_of(ALIGNMENT), "memory that begins with a cache line");
+    let len = bytes.len() / size_of::<T>();
+    // SAFETY: any bytes are a value of a plain type, whose alignment is at most a cache line's.
+    unsafe { std::slice::from_raw_parts_mut(bytes.as_mut_ptr().cast(), len) }
 }
 
 impl Deref for Memory {

@@ -10,15 +10,8 @@ use torus_abi::{
 
 use super::{Activations, MATRIX, cache_index, cleared, expect, matrix, profile, real_rows};
 use crate::{
-    Epilogue, Norm,
-    activations::{Element, Prepared},
-    attention::{Inputs, KvElement, Params, Rows, Step, attention, pages},
-    level, linear_normed, linear_prepared,
-    packed::PackedMatrix,
-    product,
-    rotary::{HeadNorms, Heads, rotate},
-    shared::Shared,
-    workspace::Buffer,
+    Norm,
+    attention::{Block, Inputs, KvElement, Params, Rows, Step, attention},
 };
 
 /// An element of the cache as XLA's FFI and as the kernels know it.
@@ -66,10 +59,6 @@ pub fn name(dtype: DType, kv_dtype: DType) -> Option<&'static str> {
     };
     Some(names[cache_index(kv_dtype)?])
 }
-
-/// Tokens of a step at most, for which the pages that will be written are fetched during the product before: few lie side
-/// by side, and the first product waits for little memory.
-const FETCHED_ROWS: usize = 64;
 
 /// Step inputs that the kernels take as context, in this order.
 const CONTEXT: usize = 6;
@@ -160,13 +149,13 @@ impl<X: Activations, K: Cached> Kernel for AttentionBlock<X, K> {
             let (o_bias, post_norm) = (vector_if("o_bias")?, vector_if("post_norm")?);
             let block = Block {
                 params,
-                norm: &norm,
-                eps: call.attribute("norm_eps")?,
+                norm: Norm { weights: &norm, eps: call.attribute("norm_eps")? },
                 qkv: matrix(call, 2)?,
                 bias: bias.as_deref(),
                 output: matrix(call, output)?,
                 cos: call.argument::<f32>(rotary)?.as_slice(),
                 sin: call.argument::<f32>(rotary + 1)?.as_slice(),
+                rotary: call.argument::<f32>(rotary)?.dims::<2>()?[1],
                 head_norms: match &head_norms {
                     [Some(queries), Some(keys)] => Some([queries.as_slice(), keys.as_slice()]),
                     _ => None,
@@ -177,99 +166,13 @@ impl<X: Activations, K: Cached> Kernel for AttentionBlock<X, K> {
             };
             let (mut y, mut pool) = (call.result::<X>(0)?, call.result::<K>(1)?);
             let mut scales = K::Own::SCALED.then(|| call.result::<f32>(2)).transpose()?;
-            expect("the norm's size", norm.len(), block.qkv.columns())?;
             let [rows, columns] = x.dims()?;
             expect("the input's size", columns, block.qkv.columns())?;
             expect("the result's size", y.len(), x.len())?;
             let scales = scales.as_deref_mut().unwrap_or_default();
-            let rotary = call.argument::<f32>(rotary)?.dims::<2>()?[1];
             let rows = real_rows(call, 2, rows)?;
-            expect("the number of tokens", block.step.tokens(), rows)?;
             let y = cleared(X::own_mut(&mut y), rows * columns);
-            block.apply(&X::own(&x)[..rows * columns], rotary, K::own_mut(&mut pool), scales, y)
+            block.apply(&X::own(&x)[..rows * columns], K::own_mut(&mut pool), scales, y).map_err(Fault::invalid)
         })
-    }
-}
-
-struct Block<'a> {
-    params: Params,
-    norm: &'a [f32],
-    eps: f32,
-    qkv: PackedMatrix<'a>,
-    bias: Option<&'a [f32]>,
-    output: PackedMatrix<'a>,
-    /// `[tokens, rotary]`
-    cos: &'a [f32],
-    sin: &'a [f32],
-    /// `[head_dim]` each, of queries and keys.
-    head_norms: Option<[&'a [f32]; 2]>,
-    o_bias: Option<&'a [f32]>,
-    post_norm: Option<&'a [f32]>,
-    step: Step<'a>,
-}
-
-impl Block<'_> {
-    /// `y = x + output · attention(rotary(qkv · norm(x) + bias))`, with the norms of heads and of what is added to `x`, and
-    /// the output's bias, that there are.
-    fn apply<X: Element, K: KvElement>(
-        &self,
-        x: &[X],
-        rotary: usize,
-        pool: &mut [K],
-        scales: &mut [f32],
-        y: &mut [X],
-    ) -> Result<(), Fault> {
-        let Params { q_heads, kv_heads, head_dim, .. } = self.params;
-        let (queries, keys) = (q_heads * head_dim, kv_heads * head_dim);
-        let width = queries + 2 * keys;
-        expect("the size of queries, keys and values", self.qkv.rows(), width)?;
-        expect("the size of the output's input", self.output.columns(), queries)?;
-        expect("the size of the output", self.output.rows(), self.qkv.columns())?;
-        expect("the size of the bias", self.bias.map_or(width, <[f32]>::len), width)?;
-        for norm in self.head_norms.into_iter().flatten() {
-            expect("the size of a norm of heads", norm.len(), head_dim)?;
-        }
-        for vector in [self.o_bias, self.post_norm].into_iter().flatten() {
-            expect("the size of the output's bias or norm", vector.len(), self.output.rows())?;
-        }
-        let rows = x.len() / self.qkv.columns();
-        expect("the sines", self.sin.len(), self.cos.len())?;
-        let level = level();
-        let normed = Prepared::normed(level, x, self.norm, self.eps, &self.qkv);
-        let mut joint = Buffer::<X>::take(rows * width);
-        let (shared, held, lines) = (Shared::new(&mut joint), &*pool, pages::lines_of_token::<K>(&self.params));
-        product(&normed, &self.qkv, |tile| {
-            let column = tile.first_column();
-            if rows <= FETCHED_ROWS {
-                let lines = lines * column / width..lines * (column + tile.width()) / width;
-                for row in 0..tile.rows() {
-                    pages::fetch(&self.params, &self.step, held, tile.first_row() + row, lines.clone());
-                }
-            }
-            for index in 0..tile.rows() {
-                let start = (tile.first_row() + index) * width + column;
-                let values = tile.row_mut(index);
-                if let Some(bias) = self.bias {
-                    values.iter_mut().zip(&bias[column..]).for_each(|(value, bias)| *value += bias);
-                }
-                // SAFETY: each element is finished once.
-                X::store(level, values, unsafe { shared.part(start..start + values.len()) });
-            }
-        });
-        let norms = self.head_norms.map(|[queries, keys]| HeadNorms { queries, keys, q_heads, eps: self.eps });
-        let heads = Heads { range: 0..q_heads + kv_heads, head_dim, norms };
-        rotate(level, &mut joint, width, &heads, [self.cos, self.sin], rotary);
-        let part = |from: usize| Rows { data: &joint[from.min(joint.len())..], stride: width };
-        let inputs = Inputs { q: part(0), k: part(queries), v: part(queries + keys) };
-        let mut attended = Buffer::<X>::take(rows * queries);
-        attention(&self.params, &self.step, &inputs, pool, scales, &mut attended).map_err(Fault::invalid)?;
-        let attended = Prepared::of(level, &attended, &self.output);
-        match self.post_norm {
-            Some(weights) => {
-                linear_normed(&attended, &self.output, self.o_bias, Norm { weights, eps: self.eps }, x, y);
-            }
-            None => linear_prepared(&attended, &self.output, Epilogue { bias: self.o_bias, residual: Some(x) }, y),
-        }
-        Ok(())
     }
 }
