@@ -10,7 +10,7 @@
 //!   (With activations that may be 127 each, weights would have to give their signs to the activations, which takes two
 //!   more operations for each product, in the same units: half as much time again.)
 
-use std::arch::x86_64::*;
+use std::{arch::x86_64::*, ops::Range};
 
 use super::{Panel, Q4, Q4_MIN, Q5, Q5_MIN, Q6, Q8, first_sum, has_minimum};
 use crate::{
@@ -22,6 +22,8 @@ use crate::{
 /// added up with.
 const ROWS: usize = 6;
 const Q8_ROWS: usize = 4;
+/// Bytes of a line of the caches.
+const LINE: usize = 64;
 
 /// # Safety
 /// The level is available, and the panel has so many rows.
@@ -48,15 +50,18 @@ unsafe fn all<const F: u32>(mut panel: Panel, rows: usize) {
     let tiles = rows.div_ceil(if F == Q8 { Q8_ROWS } else { ROWS });
     for tile in 0..tiles {
         let count = rows * (tile + 1) / tiles - rows * tile / tiles;
+        // One row waits for memory all the time, which gives no more to who asks earlier.
+        let lines = if rows > 1 { format_of(F).tile_bytes().div_ceil(LINE) } else { 0 };
+        let fetched = lines * tile / tiles..lines * (tile + 1) / tiles;
         // SAFETY: so many rows are left.
         unsafe {
             match count {
-                1 => rows_of::<F, 1>(&panel),
-                2 => rows_of::<F, 2>(&panel),
-                3 => rows_of::<F, 3>(&panel),
-                4 => rows_of::<F, 4>(&panel),
-                5 => rows_of::<F, 5>(&panel),
-                _ => rows_of::<F, 6>(&panel),
+                1 => rows_of::<F, 1>(&panel, fetched),
+                2 => rows_of::<F, 2>(&panel, fetched),
+                3 => rows_of::<F, 3>(&panel, fetched),
+                4 => rows_of::<F, 4>(&panel, fetched),
+                5 => rows_of::<F, 5>(&panel, fetched),
+                _ => rows_of::<F, 6>(&panel, fetched),
             }
             panel = panel.after(count);
         }
@@ -167,10 +172,13 @@ macro_rules! steps {
     };
 }
 
+/// With each tile, some lines of the next group's are fetched: so much is computed with each that the processor, which by
+/// itself looks little ahead, would do one after the other, wait and compute.
+///
 /// # Safety
 /// The level is available, and the panel has `R` rows.
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn rows_of<const F: u32, const R: usize>(panel: &Panel) {
+unsafe fn rows_of<const F: u32, const R: usize>(panel: &Panel, fetched: Range<usize>) {
     let (format, blocks) = (format_of(F), panel.blocks);
     let stride = blocks * BLOCK;
     let mut sums = [[_mm256_setzero_ps(); 2]; R];
@@ -179,6 +187,9 @@ unsafe fn rows_of<const F: u32, const R: usize>(panel: &Panel) {
         unsafe {
             let tile = panel.w.add(block * format.tile_bytes());
             let x = panel.x.add(block * BLOCK);
+            for line in fetched.clone() {
+                _mm_prefetch::<_MM_HINT_T0>(tile.wrapping_add(blocks * format.tile_bytes() + line * LINE).cast());
+            }
             let scales = |index: usize| -> Halves<__m256> {
                 let at = tile.add(scales_at(format) + index * 32);
                 [_mm256_cvtph_ps(_mm_loadu_si128(at.cast())), _mm256_cvtph_ps(_mm_loadu_si128(at.add(16).cast()))]
