@@ -33,7 +33,7 @@ pub struct Forms {
     pub f32: bool,
     pub bf16: bool,
     pub quantized: bool,
-    /// Quantized so that neighbours' magnitudes add up to 128 at most: see `linear::quantized::avx2`.
+    /// Quantized so that neighbours' magnitudes add up to 127 at most: see `linear::quantized::avx2`.
     pub pairs: bool,
 }
 

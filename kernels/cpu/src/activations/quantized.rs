@@ -2,14 +2,15 @@
 
 use crate::{level::Level, packed::BLOCK, workspace::Buffer};
 
-/// What a block's elements add up to, times the offsets of weights, negative: of all of them times 128, times 8 and times
-/// 16; of the first half times 32, of the second half times 32. A product of integers begins with it. But for the first,
-/// AVX2 adds up in 16 bits: there each is two numbers, of the elements whose columns are 0 or 1 modulo 4 in the lower
-/// half of the word, of the others in the upper.
-pub(crate) const SUMS: usize = 5;
+/// What a block's elements add up to, times the offsets of weights, negative: of all of them times 128 (and three words of
+/// nothing), times 8 and times 16; of the first half times 32, of the second half times 32. A product of integers begins
+/// with it. AVX2 adds up in 16 bits: there each is two numbers, of the elements whose columns are 0 or 1 modulo 4 in the
+/// lower half of the word, of the others in the upper; and the first four words are quarters' elements times 128, but for
+/// multiples of `1 << 16`.
+pub(crate) const SUMS: usize = 8;
 
 /// Rows in blocks of [`BLOCK`]: `x = scale * element`, elements from -127 to 127. The scale is the least that keeps them
-/// there; or, in *pairs*, that keeps the magnitudes of two neighbours (columns 0 and 1, 2 and 3, …) at 128 together: where
+/// there; or, in *pairs*, that keeps the magnitudes of two neighbours (columns 0 and 1, 2 and 3, …) at 127 together: where
 /// one value outweighs its block, as precise, and 1.4 times as coarse where all are of one kind.
 #[derive(Default)]
 pub struct QuantizedRows {
@@ -109,13 +110,14 @@ impl Blocks<'_> {
         let sum = sums[0] + sums[1];
         self.scales[block] = scale;
         self.scaled_sums[block] = scale * sum as f32;
-        self.offset_sums[block] = [-128 * sum, -8 * sum, -16 * sum, -32 * sums[0], -32 * sums[1]];
+        self.offset_sums[block] = [-128 * sum, 0, 0, 0, -8 * sum, -16 * sum, -32 * sums[0], -32 * sums[1]];
     }
 
-    /// As [`Self::note`], with two sums of 16 bits in each word.
+    /// As [`Self::note`], with two sums of 16 bits in each word, and the offset's part of each quarter with weights of 8
+    /// bits.
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
-    fn note_pairs(&mut self, block: usize, scale: f32, pairs: [i32; 2]) {
+    fn note_pairs(&mut self, block: usize, scale: f32, pairs: [i32; 2], quarters: [i32; 4]) {
         let [first, second] = pairs.map(|pair| [pair as i16, (pair >> 16) as i16]);
         let both = [first[0] + second[0], first[1] + second[1]];
         let times = |factor: i16, sums: [i16; 2]| {
@@ -125,8 +127,9 @@ impl Blocks<'_> {
         let sum = both[0] + both[1];
         self.scales[block] = scale;
         self.scaled_sums[block] = scale * f32::from(sum);
+        let [a, b, c, d] = quarters;
         self.offset_sums[block] =
-            [-128 * i32::from(sum), times(-8, both), times(-16, both), times(-32, first), times(-32, second)];
+            [a, b, c, d, times(-8, both), times(-16, both), times(-32, first), times(-32, second)];
     }
 }
 
@@ -145,7 +148,8 @@ fn quantize_avx2<const PAIRS: bool>(values: &[[f32; BLOCK]], blocks: &mut Blocks
         let values = _mm256_mul_ps(_mm256_castsi256_ps(magnitudes), half);
         _mm256_castps_si256(_mm256_add_ps(values, _mm256_permute_ps::<0b10_11_00_01>(values)))
     };
-    let most = if PAIRS { 63.5 } else { 127.0 };
+    // Less than 63.5, so that two neighbours are not both rounded up to 128 together.
+    let most = if PAIRS { 63.499 } else { 127.0 };
     for (block, values) in values.iter().enumerate() {
         // SAFETY: all four are in the block.
         let quarters: [__m256; 4] = std::array::from_fn(|i| unsafe { _mm256_loadu_ps(values.as_ptr().add(i * 8)) });
@@ -169,10 +173,15 @@ fn quantize_avx2<const PAIRS: bool>(values: &[[f32; BLOCK]], blocks: &mut Blocks
         unsafe { _mm256_storeu_si256(blocks.elements[block].as_mut_ptr().cast(), elements) };
         // Sums of columns 0 and 1, and of 2 and 3, of each four; then of both halves of the block.
         let pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), elements);
+        let quarters = _mm256_slli_epi16::<7>(_mm256_add_epi16(pairs, _mm256_srli_epi64::<32>(pairs)));
+        let quarters = _mm256_shuffle_epi32::<0b10_00>(_mm256_sub_epi16(_mm256_setzero_si256(), quarters));
+        let quarters = _mm256_castsi256_si128(_mm256_permute4x64_epi64::<0b10_00>(quarters));
+        // SAFETY: both are four words.
+        let quarters = unsafe { std::mem::transmute::<__m128i, [i32; 4]>(quarters) };
         let twos = _mm256_add_epi16(pairs, _mm256_srli_si256::<8>(pairs));
         let sums = _mm256_add_epi16(twos, _mm256_srli_si256::<4>(twos));
         let halves = [_mm256_castsi256_si128(sums), _mm256_extracti128_si256::<1>(sums)];
-        blocks.note_pairs(block, largest / most, halves.map(|sums| _mm_cvtsi128_si32(sums)));
+        blocks.note_pairs(block, largest / most, halves.map(|sums| _mm_cvtsi128_si32(sums)), quarters);
     }
 }
 
@@ -260,21 +269,28 @@ mod tests {
             }
             let neighbours = |[a, b]: &[i8; 2]| a.unsigned_abs() + b.unsigned_abs();
             let most = rows.elements()[96..].as_chunks().0.iter().map(neighbours).max().unwrap_or_default();
-            assert_eq!(pairs && level == Level::Avx2, most <= 128, "{level} {most}");
+            assert_eq!(pairs && level == Level::Avx2, most <= 127, "{level} {most}");
             for block in 3..6 {
                 let sum = |part: std::ops::Range<usize>| -> i32 {
                     rows.elements()[block * 32..][part].iter().map(|e| i32::from(*e)).sum()
                 };
-                let expected =
-                    [-128 * sum(0..32), -8 * sum(0..32), -16 * sum(0..32), -32 * sum(0..16), -32 * sum(16..32)];
-                let found = &rows.offset_sums()[block * SUMS..][..SUMS];
+                let expected = [-8 * sum(0..32), -16 * sum(0..32), -32 * sum(0..16), -32 * sum(16..32)];
+                let (eights, found) = rows.offset_sums()[block * SUMS..][..SUMS].split_at(4);
+                let halves = |word: &i32| [*word as i16, (word >> 16) as i16];
                 match level {
                     Level::Avx2 => {
-                        let words = found[1..].iter().map(|word| i32::from(*word as i16) + (word >> 16));
-                        assert_eq!(words.collect::<Vec<_>>(), expected[1..]);
-                        assert_eq!(found[0], expected[0]);
+                        let words = found.iter().map(|word| halves(word).into_iter().map(i32::from).sum::<i32>());
+                        assert_eq!(words.collect::<Vec<_>>(), expected);
+                        for (quarter, word) in eights.iter().enumerate() {
+                            let fours = |at: usize| sum(at..at + 2) + sum(at + 4..at + 6);
+                            let at = quarter * 8;
+                            assert_eq!(halves(word), [fours(at), fours(at + 2)].map(|sum| (-128 * sum) as i16));
+                        }
                     }
-                    _ => assert_eq!(found, expected),
+                    _ => {
+                        assert_eq!(found, expected);
+                        assert_eq!(eights, [-128 * sum(0..32), 0, 0, 0]);
+                    }
                 }
                 assert_eq!(rows.scaled_sums()[block], rows.scales()[block] * sum(0..32) as f32);
             }

@@ -40,9 +40,9 @@ mod constants {
     pub const fn first_sum(format: u32) -> Option<usize> {
         match format {
             Q8 => Some(0),
-            Q4 => Some(1),
-            Q5 => Some(2),
-            Q6 => Some(3),
+            Q4 => Some(4),
+            Q5 => Some(5),
+            Q6 => Some(6),
             _ => None,
         }
     }

@@ -5,8 +5,9 @@
 //!   a block (of Q6, whose scales are for half of it, 8), and the sum, less the offset times the activations, is within
 //!   `16 * 16 * 127` (`8 * 32 * 127`). It begins with the offset's part, and wraps on the way at most. Q5Min is computed
 //!   around 16 like Q5, which its minimum makes up for.
-//! - Q8: weights as they are stored, with 128 added, times activations of which two neighbours' magnitudes are at most 128
-//!   together: two products are within `255 * 128`. They are added up in 32 bits, which begin with the offset's part.
+//! - Q8: weights as they are stored, with 128 added, times activations of which two neighbours' magnitudes are at most 127
+//!   together: two products are within `255 * 127`. Twice two, less the offset times their activations, are within
+//!   `2 * 128 * 127`, and wrap on the way at most; they are added up in 32 bits, which takes a multiplication for each sum.
 //!   (With activations that may be 127 each, weights would have to give their signs to the activations, which takes two
 //!   more operations for each product, in the same units: half as much time again.)
 
@@ -18,10 +19,10 @@ use crate::{
     packed::{BLOCK, Format, quantized::scales_at},
 };
 
-/// Rows whose sums stay in registers with two registers of weights and one of activations; with Q8, with what pairs are
-/// added up with.
+/// Rows whose sums stay in registers with two registers of weights and one of activations; with Q8, with four of weights and
+/// what pairs are added up with.
 const ROWS: usize = 6;
-const Q8_ROWS: usize = 4;
+const Q8_ROWS: usize = 3;
 /// Bytes of a line of the caches.
 const LINE: usize = 64;
 
@@ -91,9 +92,6 @@ unsafe fn unpack<const F: u32, const J: usize>(tile: *const u8) -> __m256i {
     // SAFETY: as the caller says.
     unsafe {
         let load = |register: usize| _mm256_loadu_si256(tile.add(register * 64).cast());
-        if F == Q8 {
-            return load(J);
-        }
         let fours = load(J % 4);
         let fours = if J < 4 { fours } else { _mm256_srli_epi16::<4>(fours) };
         let low = _mm256_and_si256(fours, _mm256_set1_epi8(15));
@@ -146,10 +144,36 @@ unsafe fn step<const F: u32, const R: usize, const J: usize>(
             let x = _mm256_set1_epi32(x.add(row * stride + J * 4).cast::<i32>().read_unaligned());
             for half in 0..2 {
                 let pairs = _mm256_maddubs_epi16(w[half], x);
-                sums[half] = held(match F {
-                    Q8 => _mm256_add_epi32(sums[half], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))),
-                    _ => _mm256_add_epi16(sums[half], pairs),
-                });
+                sums[half] = held(_mm256_add_epi16(sums[half], pairs));
+            }
+        }
+    }
+}
+
+/// Adds the products of registers `2 * J` and `2 * J + 1` of Q8 to the sums of all rows.
+///
+/// # Safety
+/// As above; the offset's parts of the rows' blocks are `sums_stride` words apart.
+#[inline(always)]
+unsafe fn double_step<const R: usize, const J: usize>(
+    tile: *const u8,
+    (x, stride): (*const i8, usize),
+    (offset_sums, sums_stride): (*const i32, usize),
+    sums: &mut [Halves<__m256i>; R],
+) {
+    // SAFETY: as the caller says.
+    unsafe {
+        let load = |part: usize| _mm256_loadu_si256(tile.add(J * 128 + part * 32).cast());
+        let w = [[load(0), load(1)], [load(2), load(3)]];
+        for (row, sums) in sums.iter_mut().enumerate() {
+            let fours = x.add(row * stride + J * 8).cast::<i32>();
+            let x = [0, 1].map(|step| _mm256_set1_epi32(fours.add(step).read_unaligned()));
+            let offset = _mm256_set1_epi32(*offset_sums.add(row * sums_stride + J));
+            for half in 0..2 {
+                let first = _mm256_add_epi16(_mm256_maddubs_epi16(w[0][half], x[0]), offset);
+                let both = _mm256_add_epi16(first, _mm256_maddubs_epi16(w[1][half], x[1]));
+                let dots = _mm256_madd_epi16(both, _mm256_set1_epi16(1));
+                sums[half] = held(if J == 0 { dots } else { _mm256_add_epi32(sums[half], dots) });
             }
         }
     }
@@ -204,6 +228,17 @@ unsafe fn rows_of<const F: u32, const R: usize>(panel: &Panel, fetched: Range<us
                     None => [_mm256_setzero_si256(); 2],
                 })
             };
+            if F == Q8 {
+                let x = (x, stride);
+                let offsets = (panel.offset_sums.add(block * SUMS), blocks * SUMS);
+                let mut dots = [[_mm256_setzero_si256(); 2]; R];
+                double_step::<R, 0>(tile, x, offsets, &mut dots);
+                double_step::<R, 1>(tile, x, offsets, &mut dots);
+                double_step::<R, 2>(tile, x, offsets, &mut dots);
+                double_step::<R, 3>(tile, x, offsets, &mut dots);
+                scaled::<F, R>(panel, block, &dots, scales(0), &mut sums);
+                continue;
+            }
             let mut dots = begin(0);
             let scale = scales(0);
             if F == Q6 {
