@@ -189,6 +189,25 @@ fn held(mut sum: __m256i) -> __m256i {
     sum
 }
 
+/// Sums of which there are more than registers. What the compiler saves on the stack by itself may lie across two lines,
+/// as chance has it from thread to thread, and take half as long again.
+#[repr(align(64))]
+struct Sums<const R: usize>([Halves<__m256>; R]);
+
+impl<const R: usize> Sums<R> {
+    /// The sums: where a register tile has few rows, in registers, else in memory, for all that the compiler knows.
+    #[inline(always)]
+    fn held(&mut self) -> &mut [Halves<__m256>; R] {
+        let mut sums = &raw mut self.0;
+        if R > 2 {
+            // SAFETY: nothing is done.
+            unsafe { std::arch::asm!("/* {0} */", inout(reg) sums, options(nostack, preserves_flags)) };
+        }
+        // SAFETY: it points to what is borrowed here.
+        unsafe { &mut *sums }
+    }
+}
+
 /// Calls [`step`] for some registers.
 macro_rules! steps {
     ($format:ident, $rows:ident, [$($register:literal),*], $arguments:tt) => {
@@ -205,7 +224,8 @@ macro_rules! steps {
 unsafe fn rows_of<const F: u32, const R: usize>(panel: &Panel, fetched: Range<usize>) {
     let (format, blocks) = (format_of(F), panel.blocks);
     let stride = blocks * BLOCK;
-    let mut sums = [[_mm256_setzero_ps(); 2]; R];
+    let mut sums = Sums([[_mm256_setzero_ps(); 2]; R]);
+    let sums = sums.held();
     for block in 0..blocks {
         // SAFETY: the panel has tiles for all blocks, and `R` rows of them in the activations.
         unsafe {
@@ -236,20 +256,20 @@ unsafe fn rows_of<const F: u32, const R: usize>(panel: &Panel, fetched: Range<us
                 double_step::<R, 1>(tile, x, offsets, &mut dots);
                 double_step::<R, 2>(tile, x, offsets, &mut dots);
                 double_step::<R, 3>(tile, x, offsets, &mut dots);
-                scaled::<F, R>(panel, block, &dots, scales(0), &mut sums);
+                scaled::<F, R>(panel, block, &dots, scales(0), sums);
                 continue;
             }
             let mut dots = begin(0);
             let scale = scales(0);
             if F == Q6 {
                 steps!(F, R, [0, 1, 2, 3], (tile, x, stride, &mut dots));
-                scaled::<F, R>(panel, block, &dots, scale, &mut sums);
+                scaled::<F, R>(panel, block, &dots, scale, sums);
                 let mut dots = begin(1);
                 steps!(F, R, [4, 5, 6, 7], (tile, x, stride, &mut dots));
-                scaled::<F, R>(panel, block, &dots, scales(1), &mut sums);
+                scaled::<F, R>(panel, block, &dots, scales(1), sums);
             } else {
                 steps!(F, R, [0, 1, 2, 3, 4, 5, 6, 7], (tile, x, stride, &mut dots));
-                scaled::<F, R>(panel, block, &dots, scale, &mut sums);
+                scaled::<F, R>(panel, block, &dots, scale, sums);
             }
             if has_minimum(F) {
                 let mut minimums = scales(1);
@@ -268,10 +288,10 @@ unsafe fn rows_of<const F: u32, const R: usize>(panel: &Panel, fetched: Range<us
             }
         }
     }
-    for (row, sums) in sums.into_iter().enumerate() {
-        for (half, sum) in sums.into_iter().enumerate() {
+    for (row, sums) in sums.iter().enumerate() {
+        for (half, sum) in sums.iter().enumerate() {
             // SAFETY: the output has `R` rows of 16.
-            unsafe { _mm256_storeu_ps(panel.out.add(row * panel.stride + half * 8), sum) };
+            unsafe { _mm256_storeu_ps(panel.out.add(row * panel.stride + half * 8), *sum) };
         }
     }
 }
