@@ -136,12 +136,14 @@ impl Scheduler {
         self.mixed_prefill = limit;
     }
 
-    /// The limit beside so many that decode, with so many prompts begun. Where more wait for their first token than for
-    /// the next, it is as many times higher: nobody waits long for few, and a burst of prompts is not computed in small
-    /// pieces.
+    /// The limit beside so many that decode, with so many prompts begun. It is for one prompt; the more others wait for
+    /// their first token, the higher it is: a step costs little more for another that decodes, so a burst is done sooner,
+    /// with all that follows, when most of its prompts are computed before most of it decodes.
     fn mixed_prefill_limit(&self, decodes: usize, prefills: usize) -> f64 {
-        let waiting = self.queue.len() + prefills;
-        self.mixed_prefill.tokens * (waiting / decodes).max(1) as f64
+        /// Of a prompt that waits behind another, against a sequence that decodes.
+        const WEIGHT: f64 = 4.0;
+        let behind = (self.queue.len() + prefills).saturating_sub(1);
+        self.mixed_prefill.tokens * (1.0 + WEIGHT * behind as f64 / decodes as f64)
     }
 
     /// The next step, if there is anything to compute and room for one more in flight.

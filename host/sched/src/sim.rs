@@ -433,4 +433,9 @@ fn prompts_beside_sequences_that_decode_are_computed_in_pieces_of_the_same_cost(
     assert_eq!(step(&mut scheduler), [1, 2]);
     scheduler.limit_mixed_prefill(PrefillLimit::NONE);
     assert_eq!(step(&mut scheduler), [1, 800 - start - 2]);
+    let tokens = |tokens: f64| PrefillLimit { tokens, per_context: 0.0 };
+    (3..6).for_each(|id| submit(&mut scheduler, id, 100));
+    scheduler.limit_mixed_prefill(tokens(12.0));
+    assert_eq!(step(&mut scheduler), [1, 1, 60], "12, and 4 times 12 for two that wait beside two that decode");
+    assert_eq!(step(&mut scheduler), [1, 1, 40, 20]);
 }

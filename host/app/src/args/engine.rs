@@ -130,7 +130,8 @@ pub struct ScheduleArgs {
     #[arg(long, value_name = "TOKENS", allow_negative_numbers = true, value_parser = chunk_size)]
     pub chunked_prefill_size: Option<ChunkSize>,
     /// How many times as long as a step that only decodes one may take that computes prompts beside: lower for steadier
-    /// streams, higher for earlier first tokens. 'inf' leaves only the chunk size
+    /// streams, higher for earlier first tokens. Longer where further prompts wait behind the first. 'inf' leaves only the
+    /// chunk size
     #[arg(long, value_name = "FACTOR", default_value_t = 2.0, value_parser = factor)]
     pub prefill_slowdown: f64,
     /// Accepted and always on: a step computes prompts and running requests together
