@@ -11,6 +11,8 @@ pub enum Elem {
     I1,
     I4,
     I8,
+    /// Halves of words on their way to bytes: there is no arithmetic of them.
+    I16,
     I32,
     Bf16,
     F32,
@@ -28,6 +30,7 @@ impl Elem {
             Self::I1 => "i1",
             Self::I4 => "i4",
             Self::I8 => "i8",
+            Self::I16 => "i16",
             Self::I32 => "i32",
             Self::Bf16 => "bf16",
             Self::F32 => "f32",
@@ -43,7 +46,7 @@ impl Elem {
             Self::I1 => 1,
             Self::I4 => 4,
             Self::I8 | Self::F8E4M3 | Self::F8E5M2 => 8,
-            Self::Bf16 => 16,
+            Self::I16 | Self::Bf16 => 16,
             Self::I32 | Self::F32 | Self::Index => 32,
         }
     }

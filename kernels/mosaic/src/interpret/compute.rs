@@ -251,10 +251,10 @@ fn cast(from: Elem, to: Elem, a: &Register, out: &mut Register) {
         (false, true) => map(out, a, |lane| from_f32(to, lane as i32 as f32)),
         (false, false) => map(out, a, narrow),
     }
-    // The low byte of an integer is what stays.
-    let cut = from == Elem::I32 && to == Elem::I8;
+    // The low bytes of an integer are what stays.
+    let cut = from.is_int() && to.is_int() && from.bits() > to.bits() && to.bits() >= 8;
     out.taint(a, to);
     if cut && out.dirty {
-        out.shadow.iter_mut().zip(&a.shadow).for_each(|(out, a)| *out = a & 1);
+        out.shadow.iter_mut().zip(&a.shadow).for_each(|(out, a)| *out = a & all_undefined(to));
     }
 }

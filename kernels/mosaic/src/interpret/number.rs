@@ -14,6 +14,7 @@ pub(super) fn decode(elem: Elem, word: u32, sub: usize) -> u32 {
         Elem::I1 | Elem::I32 | Elem::F32 | Elem::Index => word,
         Elem::Bf16 => shifted << 16,
         Elem::I8 => i32::from(shifted as u8 as i8) as u32,
+        Elem::I16 => i32::from(shifted as u16 as i16) as u32,
         Elem::F8E4M3 | Elem::F8E5M2 => shifted & 0xFF,
         Elem::I4 => (((shifted << 28) as i32) >> 28) as u32,
     }
@@ -25,6 +26,7 @@ pub(super) fn encode(elem: Elem, word: u32, sub: usize, lane: u32) -> u32 {
     let (mask, value) = match elem {
         Elem::I1 | Elem::I32 | Elem::F32 | Elem::Index => return lane,
         Elem::Bf16 => (0xFFFF, lane >> 16),
+        Elem::I16 => (0xFFFF, lane & 0xFFFF),
         Elem::I8 | Elem::F8E4M3 | Elem::F8E5M2 => (0xFF, lane & 0xFF),
         Elem::I4 => (0xF, lane & 0xF),
     };
@@ -178,6 +180,7 @@ mod tests {
         for (elem, lanes) in [
             (Elem::I8, vec![0xFFFF_FF80, 3, 0xFFFF_FFFF, 127]),
             (Elem::Bf16, vec![0x3F80_0000, 0xC0A0_0000]),
+            (Elem::I16, vec![0xFFFF_8000, 0x7FFF]),
             (Elem::I4, vec![0xFFFF_FFF8, 7, 0, 1, 2, 3, 4, 5]),
         ] {
             let word = lanes.iter().enumerate().fold(0, |word, (sub, lane)| encode(elem, word, sub, *lane));

@@ -80,12 +80,13 @@ fn stepping_stone(from: Elem, to: Elem) -> Option<Elem> {
     match (from, to) {
         (Elem::I1, Elem::I32) => None,
         (Elem::I1, _) => Some(Elem::I32),
-        (Elem::F8E4M3 | Elem::F8E5M2 | Elem::Bf16, Elem::I32 | Elem::I8 | Elem::I4) => Some(Elem::F32),
+        (Elem::F8E4M3 | Elem::F8E5M2 | Elem::Bf16, Elem::I32 | Elem::I16 | Elem::I8 | Elem::I4) => Some(Elem::F32),
         (Elem::I32, Elem::Bf16 | Elem::F8E4M3 | Elem::F8E5M2) => Some(Elem::F32),
         (Elem::I8 | Elem::I4, Elem::F8E4M3 | Elem::F8E5M2) => Some(Elem::F32),
         (Elem::F8E4M3, Elem::F8E5M2) | (Elem::F8E5M2, Elem::F8E4M3) => Some(Elem::F32),
+        (Elem::I16, Elem::F32 | Elem::Bf16 | Elem::F8E4M3 | Elem::F8E5M2) => Some(Elem::I32),
         // Through i32, so that what does not fit wraps everywhere.
-        (Elem::F32, Elem::I8 | Elem::I4) => Some(Elem::I32),
+        (Elem::F32, Elem::I16 | Elem::I8 | Elem::I4) => Some(Elem::I32),
         _ => None,
     }
 }

@@ -125,7 +125,7 @@ fn elementwise_operations_are_what_they_are_called() {
 /// Operations that move lanes or combine them: name, operands, result, operation, and the operands' elements of which
 /// each result is the sum.
 fn structural() -> Vec<(&'static str, Vec<Tensor>, Tensor, Body)> {
-    use Elem::{Bf16, F8E4M3, F8E5M2, F32, I4, I8, I32};
+    use Elem::{Bf16, F8E4M3, F8E5M2, F32, I4, I8, I16, I32};
     vec![
         ("sum of lanes", vec![F32.of([16, 256])], F32.of([16, 1]), |_, x| x[0].sum(1)),
         ("sum of rows", vec![F32.of([16, 256])], F32.of([1, 256]), |_, x| x[0].sum(0)),
@@ -149,6 +149,7 @@ fn structural() -> Vec<(&'static str, Vec<Tensor>, Tensor, Body)> {
         ("gather", vec![F32.of([8, 128]), I32.of([8, 128])], F32.of([8, 128]), |_, x| x[0].gather(x[1] & 127, 1)),
         ("rows to bf16", vec![I32.of([16, 128])], Bf16.of([32, 128]), |_, x| (x[0] & 0x3FFF_3FFF).bitcast(Bf16)),
         ("rows to i8", vec![I32.of([16, 128])], I8.of([64, 128]), |_, x| x[0].bitcast(I8)),
+        ("low bytes", vec![I32.of([64, 128])], I8.of([128, 128]), |_, x| (x[0] * 0x3_0005).bitcast(I16).cast(I8)),
         ("rows from bf16", vec![Bf16.of([32, 128])], I32.of([16, 128]), |_, x| x[0].bitcast(I32)),
         ("rows from i8", vec![I8.of([64, 128])], I32.of([16, 128]), |_, x| x[0].bitcast(I32)),
         ("f8e4m3 to f32", vec![F8E4M3.of([32, 128])], F32.of([32, 128]), |_, x| x[0].cast(F32)),
@@ -245,6 +246,10 @@ fn expectation(name: &str, x: &[Vec<f32>], at: usize) -> Option<f32> {
             half::bf16::from_bits((word >> (16 * (row(128).0 % 2))) as u16).to_f32()
         }
         "rows to i8" => f32::from((bits(x[0][row(128).0 / 4 * 128 + row(128).1]) >> (8 * (row(128).0 % 4))) as i8),
+        "low bytes" => {
+            let word = bits(x[0][row(128).0 / 2 * 128 + row(128).1]) * 0x3_0005;
+            f32::from((word >> (16 * (row(128).0 % 2))) as i8)
+        }
         "f8e4m3 to f32" | "f8e4m3 to bf16" | "f8e5m2 to bf16" | "i4 to bf16" | "i4 to i8" => x[0][at],
         "transposed f8" | "transposed i8" | "bf16 by transposed f8" => {
             (0..128).map(|i| x[0][row(256).0 * 128 + i] * x[1][row(256).1 * 128 + i]).sum()
@@ -320,7 +325,7 @@ fn lanes_go_where_they_should() {
 
 #[test]
 fn bits_survive_the_way_there_and_back() {
-    for elem in [Elem::Bf16, Elem::I8, Elem::I4, Elem::F8E4M3] {
+    for elem in [Elem::Bf16, Elem::I16, Elem::I8, Elem::I4, Elem::F8E4M3] {
         let kernel = vector_kernel(&[Elem::I32.of([16, 128])], Elem::I32.of([16, 128]), |_, x| {
             x[0].bitcast(elem).bitcast(Elem::I32)
         });

@@ -82,7 +82,7 @@ impl<'k> Maker<'k, '_> {
     fn step(&mut self) {
         let (a, b) = (self.float(), self.float());
         let (i, j) = (self.int(), self.int());
-        match self.random.random_range(0..19) {
+        match self.random.random_range(0..20) {
             0 => self.keep_float(a.value + b.value, map2(&a.numbers, &b.numbers, |a, b| a + b)),
             1 => self.keep_float(a.value * b.value - 0.5, map2(&a.numbers, &b.numbers, |a, b| f32_of(a * b) - 0.5)),
             2 => {
@@ -117,6 +117,7 @@ impl<'k> Maker<'k, '_> {
             15 => self.parts(&i, Elem::I8),
             16 => self.parts(&i, Elem::I4),
             17 => self.float8(&i),
+            18 => self.parts(&i, Elem::I16),
             _ => self.exponential(&a),
         }
     }
