@@ -194,14 +194,28 @@ impl Layout {
         (column & 1).eq(head & 1).select(column >> 1, 1 << 30)
     }
 
-    /// A page's keys, `bf16 [columns, width]`, from its words by plane, each `i32 [page, 128]`.
+    /// A page's keys, `[columns, width]`, from its words by plane, each `i32 [page, 128]`: `f8E4M3` of a cache of those,
+    /// which the matrix unit takes beside `bf16`, else `bf16`.
     pub fn keys<'k>(&self, spec: &Spec, words: &[Value<'k>]) -> Value<'k> {
         self.part(spec, words, Part::Key)
+    }
+
+    /// A page's keys in `bf16` as `[width, columns]`, from bytes that are transposed before they are widened.
+    pub fn int8_keys_transposed<'k>(&self, words: &[Value<'k>]) -> Value<'k> {
+        let chunks: Vec<_> = words.iter().map(|words| bytes(*words, Part::Key).transpose().cast(Elem::Bf16)).collect();
+        if chunks.len() == 1 { chunks[0] } else { chunks[0].concatenate(&chunks[1..], 0) }
     }
 
     /// A page's values, likewise.
     pub fn values<'k>(&self, spec: &Spec, words: &[Value<'k>]) -> Value<'k> {
         self.part(spec, words, Part::Value)
+    }
+
+    /// A page's values in `f8E4M3` where the bits of `kept`, `i32 [page / 2, 128]`, are ones, and zeros elsewhere.
+    pub fn values_among<'k>(&self, words: &[Value<'k>], kept: Value<'k>) -> Value<'k> {
+        let chunk = |words: &Value<'k>| (bytes(*words, Part::Value).bitcast(Elem::I32) & kept).bitcast(Elem::F8E4M3);
+        let chunks: Vec<_> = words.iter().map(chunk).collect();
+        if chunks.len() == 1 { chunks[0] } else { chunks[0].concatenate(&chunks[1..], 1) }
     }
 
     /// The planes that hold a part.
@@ -215,7 +229,7 @@ impl Layout {
     }
 
     /// Words of which each holds a part of two heads in its halves, or, of a single head, the part in the half it has in
-    /// the pool; from words of one plane. Rows stay.
+    /// the pool; from words of one plane. Rows stay. They are the numbers divided by [`byte_factor`].
     pub(crate) fn pairs<'k>(&self, spec: &Spec, words: Value<'k>, part: Part) -> Value<'k> {
         match self.form {
             Form::Bytes | Form::ByteQuads => widen(spec.kv, words, part),
@@ -228,7 +242,11 @@ impl Layout {
     }
 
     fn part<'k>(&self, spec: &Spec, words: &[Value<'k>], part: Part) -> Value<'k> {
-        let chunks: Vec<_> = words.iter().map(|words| self.halves(spec, *words, part).bitcast(Elem::Bf16)).collect();
+        let chunk = |words: &Value<'k>| match spec.kv {
+            KvFormat::Fp8 { .. } => bytes(*words, part).bitcast(Elem::F8E4M3),
+            _ => self.halves(spec, *words, part).bitcast(Elem::Bf16),
+        };
+        let chunks: Vec<_> = words.iter().map(chunk).collect();
         if chunks.len() == 1 { chunks[0] } else { chunks[0].concatenate(&chunks[1..], 1) }
     }
 
@@ -254,28 +272,24 @@ const HIGH: i32 = 0xFFFF_0000_u32 as i32;
 /// The signs of two halves.
 const SIGNS: i32 = 0x8000_8000_u32 as i32;
 
-/// Two `bf16` from the two bytes of a part, finite whatever the bytes are. They are the numbers times [`byte_factor`].
+/// The bytes of a part, `i8 [2 * rows, 128]`: two heads of a token, then the next one's. The compiler packs them with one
+/// operation for two registers of words.
+fn bytes<'k>(words: Value<'k>, part: Part) -> Value<'k> {
+    let low = if part == Part::Key { words } else { words.shift_right_logical(8) };
+    low.bitcast(Elem::I16).cast(Elem::I8)
+}
+
+/// Two `bf16` from the two bytes of a part, finite whatever the bytes are: the numbers divided by [`byte_factor`].
 fn widen<'k>(kv: KvFormat, words: Value<'k>, part: Part) -> Value<'k> {
-    let signs = match part {
-        Part::Key => words << 8,
-        Part::Value => words,
-    };
-    let signs = signs & SIGNS;
     match (kv, part) {
         // Exponent and mantissa go to the places of those of a bf16, whose exponent has another bias.
-        (KvFormat::Fp8 { .. }, Part::Key) => signs | ((words << 4) & 0x07F0_07F0),
-        (KvFormat::Fp8 { .. }, Part::Value) => signs | (words.shift_right_logical(4) & 0x07F0_07F0),
-        // 128 plus the magnitude, as a bf16, less 128.
-        _ => {
-            let low = if part == Part::Key { words } else { words.shift_right_logical(8) };
-            let magnitude = (low & 0x007F_007F) | 0x4300_4300;
-            let numbers = magnitude.bitcast(Elem::Bf16) - 128.0;
-            numbers.bitcast(Elem::I32) | signs
-        }
+        (KvFormat::Fp8 { .. }, Part::Key) => ((words << 8) & SIGNS) | ((words << 4) & 0x07F0_07F0),
+        (KvFormat::Fp8 { .. }, Part::Value) => (words & SIGNS) | (words.shift_right_logical(4) & 0x07F0_07F0),
+        _ => bytes(words, part).cast(Elem::Bf16).bitcast(Elem::I32),
     }
 }
 
-/// What the numbers that kernels see are multiplied by to give those that the bytes stand for, without the scales.
+/// What widened numbers ([`Layout::pairs`]) are multiplied by to give those that the bytes stand for, without the scales.
 pub fn byte_factor(kv: KvFormat) -> f32 {
     match kv {
         KvFormat::Bf16 | KvFormat::Int8 { .. } => 1.0,

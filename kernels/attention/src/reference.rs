@@ -81,10 +81,7 @@ impl KvFormat {
         match self {
             Self::Bf16 => bf16::from_f32(number).to_bits().into(),
             Self::Fp8 { .. } => encode_fp8(scaled),
-            Self::Int8 { .. } => {
-                let magnitude = scaled.abs().round_ties_even().min(127.0) as u32;
-                magnitude | (u32::from(scaled.is_sign_negative()) << 7)
-            }
+            Self::Int8 { .. } => (scaled.round_ties_even().clamp(-127.0, 127.0) as i32 & 0xFF) as u32,
         }
     }
 
@@ -93,7 +90,7 @@ impl KvFormat {
         let signed = |magnitude: f32| if bits & 0x80 != 0 { -magnitude } else { magnitude };
         let number = match self {
             Self::Bf16 => return bf16::from_bits(bits as u16).to_f32(),
-            Self::Int8 { .. } => signed((bits & 0x7F) as f32),
+            Self::Int8 { .. } => f32::from(bits as i8),
             Self::Fp8 { .. } => match (bits >> 3) & 0xF {
                 0 => 0.0,
                 exponent => signed(f32::from_bits(((exponent + 120) << 23) | ((bits & 7) << 20))),

@@ -12,7 +12,7 @@ pub enum KvFormat {
     Fp8 {
         scales: Scales,
     },
-    /// Whole numbers from -127 to 127, as sign and magnitude: a number is `scale` times it.
+    /// Whole numbers from -127 to 127: a number is `scale` times it.
     Int8 {
         scales: Scales,
     },

@@ -5,7 +5,8 @@ use torus_mosaic::{Elem, Value, ds};
 use super::Decode;
 use crate::{
     launch::LEAST,
-    layout::{LANES, Part},
+    layout::{LANES, Part, byte_factor},
+    spec::KvFormat,
 };
 
 /// What a sequence begins with.
@@ -33,12 +34,16 @@ impl<'k> Decode<'_, 'k> {
             let words = self.new.load_at((unit, plane, ds(slot, 1))).broadcast(&dims);
             let words = layout.pairs(self.l.spec, words, part);
             let [low, upper] = [words << 16, words & layout.high_half()];
-            match high {
+            let numbers = match high {
                 Some(high) => high.select(upper, low),
                 None if part == Part::Key => low,
                 None => upper,
             }
-            .bitcast(Elem::F32)
+            .bitcast(Elem::F32);
+            match self.l.spec.kv {
+                kv @ KvFormat::Fp8 { .. } => numbers * byte_factor(kv),
+                _ => numbers,
+            }
         };
         let chunks: Vec<_> = layout.planes_of(part).map(chunk).collect();
         if chunks.len() == 1 { chunks[0] } else { chunks[0].concatenate(&chunks[1..], 1) }

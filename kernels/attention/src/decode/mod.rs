@@ -17,7 +17,7 @@ use torus_mosaic::{Elem, Ref, Semaphore, Space, Value, ds};
 
 use crate::{
     launch::{LEAST, Launch},
-    layout::{LANES, byte_factor},
+    layout::LANES,
     queue::GROUPS,
     spec::KvFormat,
 };
@@ -42,6 +42,8 @@ struct Decode<'l, 'k> {
     /// Rows of each group in the ring that were copied or are on their way, in SMEM.
     expected: Ref<'k>,
     arrived: Semaphore<'k>,
+    /// Which rows of packed values count: [`Decode::kept`].
+    kept: Option<Ref<'k>>,
 }
 
 /// Where items are read.
@@ -76,6 +78,7 @@ impl<'l, 'k> Decode<'l, 'k> {
             ring: k.scratch(Space::Vmem, Elem::I32.of(ring)),
             expected: k.scratch(Space::Smem, Elem::I32.of([tuning.ring])),
             arrived: k.dma_semaphores(&[tuning.ring]),
+            kept: Self::needs_kept(launch).then(|| k.scratch(Space::Vmem, Elem::I32.of([2, layout.page, LANES]))),
         }
     }
 
@@ -87,6 +90,7 @@ impl<'l, 'k> Decode<'l, 'k> {
         self.l.await_queue();
         self.await_rows(inputs, true, tokens);
         self.write_new(written);
+        self.fill_kept();
         self.await_group(k.i32(0));
         let mut carried: Vec<_> = self.scores(k.i32(0)).concat();
         let scores = carried.len();
@@ -171,7 +175,7 @@ impl<'l, 'k> Decode<'l, 'k> {
     fn value_factor(&self) -> f32 {
         match self.l.spec.kv {
             KvFormat::Bf16 => 1.0,
-            kv @ (KvFormat::Fp8 { scales } | KvFormat::Int8 { scales }) => scales.values * byte_factor(kv),
+            KvFormat::Fp8 { scales } | KvFormat::Int8 { scales } => scales.values,
         }
     }
 

@@ -1,11 +1,11 @@
 //! The products of a group: scores of the next one, and weights times values.
 
-use torus_mosaic::{Elem, Value, ds};
+use torus_mosaic::{Elem, Generation, Ref, Value, ds};
 
 use super::Decode;
 use crate::{
-    launch::{LEAST, LOG2_E},
-    layout::{LANES, Part, byte_factor},
+    launch::{LEAST, LOG2_E, Launch},
+    layout::{LANES, Part},
     queue::Item,
     spec::KvFormat,
 };
@@ -21,18 +21,57 @@ impl<'k> Decode<'_, 'k> {
         self.l.layout.keys(self.l.spec, &self.words(group, page, unit, Part::Key))
     }
 
+    /// Products of query rows and a page's keys.
+    fn times_keys(&self, query: Value<'k>, group: Value<'k>, page: usize, unit: usize) -> Value<'k> {
+        match (self.l.spec.kv, self.l.spec.generation) {
+            // The matrix unit, which takes transposed weights in twice the time, has the most to do of `bf16` made of bytes,
+            // and a TPU7x transposes bytes elsewhere. For others that costs more than it saves.
+            (KvFormat::Int8 { .. }, Generation::Tpu7x) => {
+                let words = self.words(group, page, unit, Part::Key);
+                query.dot(self.l.layout.int8_keys_transposed(&words))
+            }
+            _ => query.dot_transposed(self.keys(group, page, unit)),
+        }
+    }
+
     /// A page's values, finite in rows that were not copied: the ring may hold anything there, and weights are 0.
     fn values(&self, group: Value<'k>, page: usize, unit: usize) -> Value<'k> {
+        let layout = self.l.layout;
         let words = self.words(group, page, unit, Part::Value);
-        let words: Vec<_> = match self.l.spec.kv {
-            KvFormat::Bf16 => {
+        let words: Vec<_> = match (self.l.spec.kv, self.kept) {
+            // Whatever eight bits are, they stand for a finite number.
+            (KvFormat::Int8 { .. }, _) => words.into_iter().map(|words| words.freeze()).collect(),
+            (_, Some(kept)) => return layout.values_among(&words, self.kept_rows(kept, group, page)),
+            (_, None) => {
                 let copied = self.copied(group, page);
                 words.into_iter().map(|words| copied.select(words, 0)).collect()
             }
-            // Whatever eight bits are, they stand for a finite number.
-            KvFormat::Fp8 { .. } | KvFormat::Int8 { .. } => words.into_iter().map(|words| words.freeze()).collect(),
         };
-        self.l.layout.values(self.l.spec, &words)
+        layout.values(self.l.spec, &words)
+    }
+
+    /// Whether packed values are masked by what [`Self::fill_kept`] stored: a byte may be NaN, and rows are missing only
+    /// at the end, not before a window.
+    pub(super) fn needs_kept(launch: &Launch<'_>) -> bool {
+        matches!(launch.spec.kv, KvFormat::Fp8 { .. }) && launch.spec.window.is_none()
+    }
+
+    /// Stores a mask for pages with an even number of rows and one for those with an odd number: first ones for half a
+    /// page, then zeros. Words of packed values have bytes of two rows each.
+    pub(super) fn fill_kept(&self) {
+        let (Some(kept), k) = (self.kept, self.l.k) else { return };
+        let (dims, half) = ([self.l.layout.page, LANES], self.l.layout.page as i32 / 2);
+        let row = k.iota(dims, 0);
+        let even = row.lt(half).select(k.full(Elem::I32.of(dims), -1), 0);
+        kept.store_at((0,), even);
+        kept.store_at((1,), row.eq(half).select(k.full(Elem::I32.of(dims), 0xFFFF), even));
+    }
+
+    /// Ones for packed values that were copied to the ring, `i32 [page / 2, 128]`: the part of a mask that ends as the
+    /// page does. Loading it takes fewer operations than comparing rows.
+    fn kept_rows(&self, kept: Ref<'k>, group: Value<'k>, page: usize) -> Value<'k> {
+        let (end, half) = (self.rows_of(group, page).end, self.l.layout.page / 2);
+        kept.load_at((end & 1, ds(self.l.k.i32(half as i32) - (end >> 1), half)))
     }
 
     /// Which of a page's rows were copied to the ring.
@@ -48,7 +87,7 @@ impl<'k> Decode<'_, 'k> {
         let spec = self.l.spec;
         let keys = match spec.kv {
             KvFormat::Bf16 => 1.0,
-            KvFormat::Fp8 { scales } | KvFormat::Int8 { scales } => scales.keys * byte_factor(spec.kv),
+            KvFormat::Fp8 { scales } | KvFormat::Int8 { scales } => scales.keys,
         };
         match spec.soft_cap {
             None => products * (spec.scale * keys * LOG2_E),
@@ -96,7 +135,7 @@ impl<'k> Decode<'_, 'k> {
         let (pages, columns) = (self.l.tuning.pages, self.l.layout.columns());
         let query = |page: usize| self.query(self.slot(group, page), unit);
         if !self.in_pairs() {
-            return (0..pages).map(|page| query(page).dot_transposed(self.keys(group, page, unit))).collect();
+            return (0..pages).map(|page| self.times_keys(query(page), group, page, unit)).collect();
         }
         let of_pair = |first: usize| {
             let [a, b] = [first, first + 1].map(|page| query(page).cast(Elem::F32));

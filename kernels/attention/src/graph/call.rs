@@ -186,8 +186,7 @@ impl<'f> Glue<'f, '_> {
             KvFormat::Bf16 => numbers.convert(DType::Bf16).bitcast(DType::U16).convert(DType::U32),
             KvFormat::Int8 { scales } => {
                 let scaled = scaled(scales.of(part));
-                let magnitude = scaled.abs().round_even().min(127.0).convert(DType::I32).bitcast(DType::U32);
-                magnitude | sign(scaled)
+                scaled.round_even().clamp(-127.0, 127.0).convert(DType::I32).bitcast(DType::U32) & 0xFF
             }
             KvFormat::Fp8 { scales } => {
                 let scaled = scaled(scales.of(part));

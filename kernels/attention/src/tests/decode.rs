@@ -80,7 +80,7 @@ fn compile() {
         for (spec, draft) in [
             (main.clone(), 1),
             (Spec { window: Some(300), sinks: true, ..spec(8, 1, 128) }, 1),
-            (Spec { soft_cap: Some(30.0), ..spec(8, 4, 256) }, 1),
+            (Spec { soft_cap: Some(30.0), kv: KvFormat::Fp8 { scales: SCALES }, ..spec(8, 4, 256) }, 1),
             (spec(8, 2, 64), 1),
             (spec(32, 8, 64), 1),
             (Spec { kv: KvFormat::Fp8 { scales: SCALES }, ..main.clone() }, 1),

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use torus_mosaic::{Completion, Interpreter, RunOptions};
+use torus_mosaic::{Completion, Generation, Interpreter, RunOptions};
 
 use super::{batch::Case, decode::spec};
 use crate::{KvFormat, Layout, Scales, Shape, Spec, Tiles, Tuning};
@@ -21,8 +21,10 @@ fn kinds() -> Vec<(Spec, usize, usize)> {
         (Spec { window: Some(128), sinks: true, ..main.clone() }, 1, 40),
         (Spec { soft_cap: Some(3.0), ..main.clone() }, 1, 30),
         (Spec { sinks: true, ..main.clone() }, 1, 30),
-        (Spec { kv: int8, ..main.clone() }, 1, 40),
-        (Spec { kv: fp8, ..main.clone() }, 1, 40),
+        (Spec { kv: int8, ..main.clone() }, 1, 30),
+        (Spec { kv: int8, generation: Generation::Tpu7x, ..main.clone() }, 1, 10),
+        (Spec { kv: fp8, ..main.clone() }, 1, 30),
+        (Spec { kv: fp8, ..main.clone() }, 3, 10),
         (spec(16, 2, 128), 1, 20),
         (spec(8, 1, 128), 1, 40),
         (spec(4, 4, 128), 1, 20),

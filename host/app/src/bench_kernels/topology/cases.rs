@@ -104,7 +104,11 @@ impl Case {
         let wide = generation != Generation::V5e;
         let reasons = [
             (head_dim == 64 && prefills, "a key or a value of 64 takes 128 lanes of a product"),
-            (kv != KvFormat::Bf16, "8 bits are half of the bytes for the same products, and are widened before them"),
+            (matches!(kv, KvFormat::Fp8 { .. }), "8 bits are half of the bytes for the same products"),
+            (
+                matches!(kv, KvFormat::Int8 { .. }),
+                "8 bits are half of the bytes for the same products, and are widened before them",
+            ),
             (
                 decodes && prefills,
                 "decode waits for bytes and the chunk for products, one after the other; the floor is the longer of both sums",
