@@ -45,6 +45,8 @@ const STRIPS: usize = 4;
 
 /// A task is at most this part of a thread's work, as far as sequences can be cut, so that all end at about the same time.
 const TASKS_PER_THREAD: usize = 8;
+/// Tokens of a part of a walk at least: merging a part takes as long as a few of them.
+const PART_TOKENS_MIN: usize = 2 * BLOCK_TOKENS;
 /// Rows whose products take as long as it takes to load keys and values for them.
 const LOAD_ROWS: usize = 2;
 
@@ -339,7 +341,7 @@ fn cut(params: &Params, step: &Step<'_>, tiles: &[Item], threads: usize) -> Buff
     let limit = (tiles.iter().map(work).sum::<usize>() / (TASKS_PER_THREAD * threads)).max(1);
     let parts = |tile: &Item| match threads {
         1 => 1,
-        _ => work(tile).div_ceil(limit).min(seen(tile).div_ceil(BLOCK_TOKENS)).max(1),
+        _ => work(tile).div_ceil(limit).min(seen(tile).div_ceil(PART_TOKENS_MIN)).max(1),
     };
     let mut tasks = Buffer::<Task>::take(tiles.iter().map(parts).sum());
     let (mut rest, mut places) = (tasks.iter_mut(), 0);
