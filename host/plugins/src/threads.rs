@@ -49,7 +49,9 @@ pub(crate) unsafe extern "C" fn parallel_for(count: usize, body: ParallelBody, c
     let work = Work { body, context };
     let pool = POOL.get_or_init(|| Pool::start(threads() - 1));
     if count > 1 && !pool.workers.is_empty() && !pool.taken.swap(true, Ordering::Acquire) {
-        pool.make_way();
+        if let Some(places) = &pool.places {
+            places.make_way(sched_getcpu());
+        }
         pool.run(count, work);
         pool.taken.store(false, Ordering::Release);
     } else {
@@ -85,8 +87,8 @@ struct Line<T>(T);
 
 struct Pool {
     workers: Vec<Thread>,
-    /// The CPUs that workers are pinned to, and those that are left to callers.
-    places: Option<[CpuSet; 2]>,
+    /// Where workers are pinned, if they are.
+    places: Option<Places>,
     /// Whether a caller has the pool.
     taken: AtomicBool,
     /// The number of the job, the workers inside, and whether more may come in.
@@ -101,6 +103,31 @@ struct Pool {
     parked: Line<AtomicUsize>,
 }
 
+/// The CPUs that workers are pinned to, and those that are left to callers.
+struct Places {
+    workers: CpuSet,
+    callers: CpuSet,
+}
+
+impl Places {
+    /// Moves the caller off a worker's CPU, where both would take turns while the callers' CPU idles: the worker cannot
+    /// move, and the system mends it only after milliseconds. The caller is not pinned, for XLA's own threads are callers
+    /// too, and share all CPUs in between. Gives whether it had to move from the CPU `current`.
+    fn make_way(&self, current: usize) -> bool {
+        if !self.workers.is_set(current) {
+            return false;
+        }
+        let moved = sched_getaffinity(None).and_then(|own| {
+            sched_setaffinity(None, &self.callers)?;
+            sched_setaffinity(None, &own)
+        });
+        if let Err(error) = moved {
+            tracing::debug!(%error, "a thread that calls kernels stays on the CPU of another");
+        }
+        true
+    }
+}
+
 impl Pool {
     /// With so many workers beside the caller, or as many as the system gives.
     fn start(workers: usize) -> Self {
@@ -109,7 +136,7 @@ impl Pool {
         let places = (workers < cpus.len()).then(|| {
             let (first, rest) = cpus.split_at(1);
             let (pinned, others) = rest.split_at(workers);
-            [set_of(pinned.iter()), set_of(first.iter().chain(others))]
+            Places { workers: set_of(pinned.iter()), callers: set_of(first.iter().chain(others)) }
         });
         let start = |index: usize| {
             let cpu = places.as_ref().and_then(|_| cpus.get(index + 1).copied());
@@ -128,23 +155,6 @@ impl Pool {
             body: AtomicPtr::new(std::ptr::null_mut()),
             context: AtomicPtr::new(std::ptr::null_mut()),
             parked: Line(AtomicUsize::new(0)),
-        }
-    }
-
-    /// Moves the caller off a worker's CPU, where both would take turns while the callers' CPU idles: the worker cannot
-    /// move, and the system mends it only after milliseconds. The caller is not pinned, for XLA's own threads are callers
-    /// too, and share all CPUs in between.
-    fn make_way(&self) {
-        let Some([workers, callers]) = &self.places else { return };
-        if !workers.is_set(sched_getcpu()) {
-            return;
-        }
-        let moved = sched_getaffinity(None).and_then(|own| {
-            sched_setaffinity(None, callers)?;
-            sched_setaffinity(None, &own)
-        });
-        if let Err(error) = moved {
-            tracing::debug!(%error, "a thread that calls kernels stays on the CPU of another");
         }
     }
 
@@ -288,6 +298,18 @@ mod tests {
         assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 4));
         assert_eq!(threads(), 3);
         run(0, |_| panic!("there is nothing to do"));
+    }
+
+    #[test]
+    fn a_caller_leaves_a_workers_cpu_and_may_run_anywhere_afterwards() {
+        let cpus = allowed_cpus();
+        let (first, rest) = cpus.split_at(1);
+        let places = Places { workers: set_of(rest.iter()), callers: set_of(first.iter()) };
+        assert!(!places.make_way(first[0]));
+        for worker in rest {
+            assert!(places.make_way(*worker));
+            assert_eq!(allowed_cpus(), cpus);
+        }
     }
 
     #[test]
