@@ -116,6 +116,27 @@ fn caches_of_8_bits_compile() {
     }
 }
 
+/// As a server refuses it: int8 without scales would be whole numbers. Nothing is compiled before.
+#[test]
+fn a_cache_of_int8_is_refused_where_the_checkpoint_has_no_scales() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::rename(two_layers("qwen3-8b", folder.path()), folder.path().join("config.json")).unwrap();
+    let header = r#"{"model.norm.weight":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#;
+    let file = [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &[0; 4]].concat();
+    std::fs::write(folder.path().join("model.safetensors"), file).unwrap();
+    let libtpu = crate::support::fetched("pjrt/libtpu-0.0.52/libtpu.so");
+    let (folder, libtpu) = (folder.path().to_str().unwrap(), libtpu.to_str().unwrap());
+    let mut options =
+        vec!["--model-path", folder, "--topology", "v6e:1x1", "--cache-dir", folder, "--pjrt-plugin", libtpu];
+    options.extend(SMALL.split(' ').chain(["--attention-backend", "fa", "--kv-cache-dtype", "int8"]));
+    let output = run("compile", &options);
+    let message = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && output.stdout.is_empty(), "{message}");
+    for part in ["kv_cache_dtype", "plugin 'fa'", "k_scale, v_scale", "which has none; 'fp8_e4m3' does without"] {
+        assert!(message.contains(part), "{message}");
+    }
+}
+
 #[test]
 fn layers_in_loops_compile_with_the_scales_of_each() {
     let folder = tempfile::tempdir().unwrap();

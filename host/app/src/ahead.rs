@@ -24,8 +24,8 @@ pub struct ModelFile {
 }
 
 enum Content {
-    /// A `config.json`, and the folder it lies in.
-    Config(Value, PathBuf),
+    /// A `config.json`, and the folder it lies in; that again, if its weights are there, too.
+    Config { content: Value, folder: PathBuf, weights: Option<PathBuf> },
     /// A GGUF file, which has none.
     Gguf(Checkpoint),
 }
@@ -51,7 +51,9 @@ impl ModelFile {
             ResolvedModel::Folder(folder) => {
                 let file = if is_config { given.to_owned() } else { folder.join("config.json") };
                 let read = || -> anyhow::Result<_> { Ok(serde_json::from_slice(&std::fs::read(&file)?)?) };
-                Content::Config(read().with_context(|| format!("--model-path: {}", file.display()))?, folder)
+                let content = read().with_context(|| format!("--model-path: {}", file.display()))?;
+                let weights = (!is_config && has_weights(&folder)?).then(|| folder.clone());
+                Content::Config { content, folder, weights }
             }
         };
         Ok(Self { name, content })
@@ -59,7 +61,7 @@ impl ModelFile {
 
     fn files(&self) -> ResolvedModel {
         match &self.content {
-            Content::Config(_, folder) => ResolvedModel::Folder(folder.clone()),
+            Content::Config { folder, .. } => ResolvedModel::Folder(folder.clone()),
             Content::Gguf(checkpoint) => ResolvedModel::Gguf(checkpoint.path().to_owned()),
         }
     }
@@ -67,10 +69,30 @@ impl ModelFile {
     /// What an engine with these options would be on a device of this kind.
     pub fn blueprint(&self, config: &EngineConfig, device: &Target) -> Result<Blueprint, StartError> {
         match &self.content {
-            Content::Config(hf_config, _) => Blueprint::of_config(config, hf_config.clone(), device),
+            Content::Config { content, .. } => Blueprint::of_config(config, content.clone(), device),
             Content::Gguf(checkpoint) => Blueprint::of_checkpoint(config, checkpoint, device),
         }
     }
+
+    /// Refuses a checkpoint that a server would refuse for the scales of its cache, if the weights are here.
+    pub fn check_kv_scales(&self, blueprint: &Blueprint) -> Result<(), StartError> {
+        match &self.content {
+            Content::Gguf(checkpoint) => torus_engine::check_kv_scales(blueprint, checkpoint),
+            Content::Config { weights: Some(folder), .. } => {
+                torus_engine::check_kv_scales(blueprint, &Checkpoint::open_folder(folder)?)
+            }
+            Content::Config { .. } => Ok(()),
+        }
+    }
+}
+
+fn has_weights(folder: &Path) -> anyhow::Result<bool> {
+    for entry in std::fs::read_dir(folder).with_context(|| format!("--model-path {}", folder.display()))? {
+        if entry?.path().extension().is_some_and(|extension| extension == "safetensors") {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// A TPU by what programs are made for.

@@ -21,6 +21,7 @@ pub fn run(args: &CompileArgs, limits: &Limits) -> anyhow::Result<ExitCode> {
     let (tpu, topology) = AbsentTpu::by_compiler(&args.engine, &args.topology)?;
     let config = tpu.config(&args.engine, &model)?;
     let blueprint = model.blueprint(&config, &tpu.device)?;
+    model.check_kv_scales(&blueprint)?;
     let mut compiler = AheadCompiler::new(&config, &blueprint, &topology)?;
     compiler.again = args.again;
     let mut programs = compiler.programs()?;

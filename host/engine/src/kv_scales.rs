@@ -10,6 +10,14 @@ use crate::{
     program::ScalePart,
 };
 
+/// Whether an engine could start with this checkpoint, as far as the scales of its cache go.
+///
+/// # Errors
+/// If the cache needs scales and the checkpoint has none, or has some and the plugin has no place for them.
+pub fn check(blueprint: &Blueprint, checkpoint: &Checkpoint) -> Result<(), StartError> {
+    presets(blueprint, checkpoint).map(drop)
+}
+
 /// What the parts of the pools that hold scales are set to.
 ///
 /// # Errors

@@ -51,6 +51,7 @@ pub use config::{EngineConfig, KvCacheDtype, NullConfig};
 pub use device::{Device, compile_options};
 pub use handle::EngineHandle;
 pub use kernels::register_kernels;
+pub use kv_scales::check as check_kv_scales;
 pub use load::StartError;
 pub use program::{AssembleError, Rows};
 pub use start::{start, start_null};
