@@ -112,25 +112,6 @@ impl Blocks<'_> {
         self.scaled_sums[block] = scale * sum as f32;
         self.offset_sums[block] = [-128 * sum, 0, 0, 0, -8 * sum, -16 * sum, -32 * sums[0], -32 * sums[1]];
     }
-
-    /// As [`Self::note`], with two sums of 16 bits in each word, and the offset's part of each quarter with weights of 8
-    /// bits.
-    #[cfg(target_arch = "x86_64")]
-    #[inline(always)]
-    fn note_pairs(&mut self, block: usize, scale: f32, pairs: [i32; 2], quarters: [i32; 4]) {
-        let [first, second] = pairs.map(|pair| [pair as i16, (pair >> 16) as i16]);
-        let both = [first[0] + second[0], first[1] + second[1]];
-        let times = |factor: i16, sums: [i16; 2]| {
-            let [low, high] = sums.map(|sum| i32::from(factor * sum));
-            high << 16 | low & 0xffff
-        };
-        let sum = both[0] + both[1];
-        self.scales[block] = scale;
-        self.scaled_sums[block] = scale * f32::from(sum);
-        let [a, b, c, d] = quarters;
-        self.offset_sums[block] =
-            [a, b, c, d, times(-8, both), times(-16, both), times(-32, first), times(-32, second)];
-    }
 }
 
 /// Below this the inverse would be infinite.
@@ -173,15 +154,25 @@ fn quantize_avx2<const PAIRS: bool>(values: &[[f32; BLOCK]], blocks: &mut Blocks
         unsafe { _mm256_storeu_si256(blocks.elements[block].as_mut_ptr().cast(), elements) };
         // Sums of columns 0 and 1, and of 2 and 3, of each four; then of both halves of the block.
         let pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), elements);
-        let quarters = _mm256_slli_epi16::<7>(_mm256_add_epi16(pairs, _mm256_srli_epi64::<32>(pairs)));
-        let quarters = _mm256_shuffle_epi32::<0b10_00>(_mm256_sub_epi16(_mm256_setzero_si256(), quarters));
-        let quarters = _mm256_castsi256_si128(_mm256_permute4x64_epi64::<0b10_00>(quarters));
-        // SAFETY: both are four words.
-        let quarters = unsafe { std::mem::transmute::<__m128i, [i32; 4]>(quarters) };
+        let quarters = _mm256_add_epi16(pairs, _mm256_srli_epi64::<32>(pairs));
+        let quarters = _mm256_permutevar8x32_epi32(quarters, _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6));
         let twos = _mm256_add_epi16(pairs, _mm256_srli_si256::<8>(pairs));
         let sums = _mm256_add_epi16(twos, _mm256_srli_si256::<4>(twos));
-        let halves = [_mm256_castsi256_si128(sums), _mm256_extracti128_si256::<1>(sums)];
-        blocks.note_pairs(block, largest / most, halves.map(|sums| _mm_cvtsi128_si32(sums)), quarters);
+        let (first, second) = (_mm256_castsi256_si128(sums), _mm256_extracti128_si256::<1>(sums));
+        let both = _mm_add_epi16(first, second);
+        let sum = _mm_cvtsi128_si32(_mm_madd_epi16(both, _mm_set1_epi16(1)));
+        // Twice that of both halves, then of each.
+        let halves = _mm_unpacklo_epi64(_mm_shuffle_epi32::<0>(both), _mm_unpacklo_epi32(first, second));
+        let offsets = _mm256_set_m128i(halves, _mm256_castsi256_si128(quarters));
+        let factors =
+            _mm256_setr_epi16(-128, -128, -128, -128, -128, -128, -128, -128, -8, -8, -16, -16, -32, -32, -32, -32);
+        // SAFETY: so many words are kept of a block.
+        unsafe {
+            let to = blocks.offset_sums[block].as_mut_ptr().cast();
+            _mm256_storeu_si256(to, _mm256_mullo_epi16(offsets, factors));
+        }
+        blocks.scales[block] = largest / most;
+        blocks.scaled_sums[block] = largest / most * sum as f32;
     }
 }
 
