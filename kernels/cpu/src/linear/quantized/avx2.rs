@@ -51,8 +51,8 @@ unsafe fn all<const F: u32>(mut panel: Panel, rows: usize) {
     let tiles = rows.div_ceil(if F == Q8 { Q8_ROWS } else { ROWS });
     for tile in 0..tiles {
         let count = rows * (tile + 1) / tiles - rows * tile / tiles;
-        // One row waits for memory all the time, which gives no more to who asks earlier.
-        let lines = if rows > 1 { format_of(F).tile_bytes().div_ceil(LINE) } else { 0 };
+        // One row waits for memory all the time, which gives no more to who asks earlier; many find the block in the cache.
+        let lines = if (2..=16).contains(&rows) { format_of(F).tile_bytes().div_ceil(LINE) } else { 0 };
         let fetched = lines * tile / tiles..lines * (tile + 1) / tiles;
         // SAFETY: so many rows are left.
         unsafe {
