@@ -168,13 +168,18 @@ unsafe fn double_step<const R: usize, const J: usize>(
         let w = [[load(0), load(1)], [load(2), load(3)]];
         for (row, sums) in sums.iter_mut().enumerate() {
             let fours = x.add(row * stride + J * 8).cast::<i32>();
-            let x = [0, 1].map(|step| _mm256_set1_epi32(fours.add(step).read_unaligned()));
+            let x = [_mm256_set1_epi32(fours.read_unaligned()), _mm256_set1_epi32(fours.add(1).read_unaligned())];
             let offset = _mm256_set1_epi32(*offset_sums.add(row * sums_stride + J));
-            let products = [0, 1].map(|half| held(_mm256_maddubs_epi16(w[0][half], x[0])));
-            let others = [0, 1].map(|half| held(_mm256_maddubs_epi16(w[1][half], x[1])));
-            let products = products.map(|product| held(_mm256_add_epi16(product, offset)));
-            let both = [0, 1].map(|half| held(_mm256_add_epi16(products[half], others[half])));
-            let dots = both.map(|both| held(_mm256_madd_epi16(both, _mm256_set1_epi16(1))));
+            // Written out, for what closures hold may become a call for each.
+            let mut products = [held(_mm256_maddubs_epi16(w[0][0], x[0])), held(_mm256_maddubs_epi16(w[0][1], x[0]))];
+            let others = [held(_mm256_maddubs_epi16(w[1][0], x[1])), held(_mm256_maddubs_epi16(w[1][1], x[1]))];
+            for part in [[offset; 2], others] {
+                for half in 0..2 {
+                    products[half] = held(_mm256_add_epi16(products[half], part[half]));
+                }
+            }
+            let ones = _mm256_set1_epi16(1);
+            let dots = [held(_mm256_madd_epi16(products[0], ones)), held(_mm256_madd_epi16(products[1], ones))];
             for half in 0..2 {
                 sums[half] = held(if J == 0 { dots[half] } else { _mm256_add_epi32(sums[half], dots[half]) });
             }
