@@ -1,6 +1,7 @@
 //! The kernels at two threads, at the sizes of SmolLM2-135M, each beside its limit: see `torus_cpu::bench`. Arguments:
 //! formats (`bf16`, `f16`, `f32`, `q8`, `q4`, `q4min`, `q5`, `q5min`, `q6`), `attention` or `layers` (whole ones, in Q8);
-//! `bf16`, `q8`, `q4min` and `attention` without. `torus bench kernels` prints the same for other sizes, on the server's own threads.
+//! `bf16`, `q8`, `q4min` and `attention` without. `torus bench kernels` prints the same for other sizes, on the server's own
+//! threads.
 
 #![expect(clippy::unwrap_used, reason = "a bench that cannot go on ends")]
 

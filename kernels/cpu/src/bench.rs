@@ -306,6 +306,12 @@ mod tests {
         let beside = attention_layers(&params, 2, AttentionCase { beside: (4, 50), ..case }, 1).unwrap();
         assert_eq!(beside.bytes, timing.bytes + 2 * 4 * 4 * 2 * 2 * 16 * 32 * 2);
         assert_eq!(beside.operations, timing.operations + (2 * 4 * 50 * 4 * 4 * 32) as f64);
+        let sizes = Sizes { hidden: 64, intermediate: 96, layers: 2 };
+        let params = Params { q_heads: 2, kv_heads: 1, ..params };
+        let timing = whole_layers(Format::Q8, &params, sizes, case, 1).unwrap();
+        let products = 64 * (4 * 32) + 64 * 64 + 3 * 64 * 96;
+        assert_eq!(timing.operations, (2 * 6 * (2 * products) + 2 * 3 * (40 + 39) * 4 * 2 * 32) as f64);
+        assert!(timing.bytes > 2 * products && timing.best > 0.0);
         let odd = Params { head_dim: 24, ..params };
         assert!(attention_layers(&odd, 1, case, 1).is_err());
     }

@@ -3,7 +3,7 @@
 //! The work is cut into *tasks* (a range of groups for a range of rows), which threads run; each task computes *tiles*
 //! that stay in the nearest cache until they are finished, that is, until bias, residual or activation have been
 //! applied and the result is written. Two shapes of work:
-//! - *Few rows* are limited by memory: each thread reads one contiguous run of the matrix, once.
+//! - *Few rows* are limited by memory: each task reads one contiguous run of the matrix, once; a thread has a few of them.
 //! - *Many rows* are limited by arithmetic: a block of groups that fits the second-level cache is multiplied with all
 //!   rows of its task, before the next block.
 

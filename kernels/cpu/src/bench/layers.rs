@@ -68,9 +68,8 @@ pub fn whole_layers(
     let mut y = x.clone();
     let norm_weights = vec![1f32; sizes.hidden];
     let angles = vec![0.5f32; tokens * params.head_dim / 2];
-    let products = weights as f64 / format.group_bytes(sizes.hidden).unwrap_or(1) as f64;
-    let operations =
-        2.0 * products * (16 * sizes.hidden * tokens * sizes.layers) as f64 + case.operations(params, sizes.layers);
+    let products = sizes.hidden * (2 * params.head_dim * (params.q_heads + params.kv_heads) + 3 * sizes.intermediate);
+    let operations = 2.0 * (products * tokens * sizes.layers) as f64 + case.operations(params, sizes.layers);
     let mut outcome = Ok(());
     let mut run = |memory: &mut Memory| -> Result<(), String> {
         let (weights_of_all, pools) = memory.split_at_mut(sizes.layers * weights);
