@@ -1,6 +1,9 @@
-//! Results that several threads write to.
+//! Results that several threads write to, and how caches keep them.
 
 use std::{marker::PhantomData, ops::Range};
+
+/// Bytes of a line of the caches.
+pub(crate) const LINE: usize = 64;
 
 /// A slice whose disjoint parts are written by several threads.
 pub(crate) struct Shared<'a, T> {

@@ -20,7 +20,7 @@ use crate::{
     Level,
     activations::{Element, for_levels},
     level,
-    shared::Shared,
+    shared::{LINE, Shared},
     workspace::{Buffer, Plain},
 };
 
@@ -232,9 +232,6 @@ pub(crate) fn lines_of_token<K: KvElement>(params: &Params) -> usize {
 fn key_lines<K: KvElement>(head_dim: usize) -> usize {
     (GROUP * head_dim * size_of::<K>()).div_ceil(LINE)
 }
-
-/// Bytes of a line of the caches.
-const LINE: usize = 64;
 
 /// Fetches some of the lines of [`lines_of_token`] into the second-level cache.
 pub(crate) fn fetch<K: KvElement>(params: &Params, step: &Step<'_>, pool: &[K], token: usize, lines: Range<usize>) {

@@ -17,14 +17,13 @@ use super::{Panel, Q4, Q4_MIN, Q5, Q5_MIN, Q6, Q8, first_sum, has_minimum};
 use crate::{
     activations::SUMS,
     packed::{BLOCK, Format, quantized::scales_at},
+    shared::LINE,
 };
 
 /// Rows whose sums stay in registers with two registers of weights and one of activations; with Q8, with most of four of
 /// weights.
 const ROWS: usize = 6;
 const Q8_ROWS: usize = 4;
-/// Bytes of a line of the caches.
-const LINE: usize = 64;
 
 /// # Safety
 /// The level is available, and the panel has so many rows.
