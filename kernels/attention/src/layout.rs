@@ -203,7 +203,7 @@ impl Layout {
     /// A page's keys in `bf16` as `[width, columns]`, from bytes that are transposed before they are widened.
     pub fn int8_keys_transposed<'k>(&self, words: &[Value<'k>]) -> Value<'k> {
         let chunks: Vec<_> = words.iter().map(|words| bytes(*words, Part::Key).transpose().cast(Elem::Bf16)).collect();
-        if chunks.len() == 1 { chunks[0] } else { chunks[0].concatenate(&chunks[1..], 0) }
+        joined(&chunks, 0)
     }
 
     /// A page's values, likewise.
@@ -215,7 +215,7 @@ impl Layout {
     pub fn values_among<'k>(&self, words: &[Value<'k>], kept: Value<'k>) -> Value<'k> {
         let chunk = |words: &Value<'k>| (bytes(*words, Part::Value).bitcast(Elem::I32) & kept).bitcast(Elem::F8E4M3);
         let chunks: Vec<_> = words.iter().map(chunk).collect();
-        if chunks.len() == 1 { chunks[0] } else { chunks[0].concatenate(&chunks[1..], 1) }
+        joined(&chunks, 1)
     }
 
     /// The planes that hold a part.
@@ -247,7 +247,7 @@ impl Layout {
             _ => self.halves(spec, *words, part).bitcast(Elem::Bf16),
         };
         let chunks: Vec<_> = words.iter().map(chunk).collect();
-        if chunks.len() == 1 { chunks[0] } else { chunks[0].concatenate(&chunks[1..], 1) }
+        joined(&chunks, 1)
     }
 
     /// Words of two `bf16` each from a plane's words.
@@ -271,6 +271,11 @@ impl Layout {
 const HIGH: i32 = 0xFFFF_0000_u32 as i32;
 /// The signs of two halves.
 const SIGNS: i32 = 0x8000_8000_u32 as i32;
+
+/// Chunks side by side along an axis.
+pub(crate) fn joined<'k>(chunks: &[Value<'k>], axis: usize) -> Value<'k> {
+    if chunks.len() == 1 { chunks[0] } else { chunks[0].concatenate(&chunks[1..], axis) }
+}
 
 /// The bytes of a part, `i8 [2 * rows, 128]`: two heads of a token, then the next one's. The compiler packs them with one
 /// operation for two registers of words.

@@ -5,7 +5,7 @@ use torus_mosaic::{Elem, Value, ds};
 use super::Decode;
 use crate::{
     launch::LEAST,
-    layout::{LANES, Part, byte_factor},
+    layout::{LANES, Part, byte_factor, joined},
     spec::KvFormat,
 };
 
@@ -46,7 +46,7 @@ impl<'k> Decode<'_, 'k> {
             }
         };
         let chunks: Vec<_> = layout.planes_of(part).map(chunk).collect();
-        if chunks.len() == 1 { chunks[0] } else { chunks[0].concatenate(&chunks[1..], 1) }
+        joined(&chunks, 1)
     }
 
     /// The result that a sequence begins with.
