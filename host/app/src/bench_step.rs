@@ -193,8 +193,14 @@ impl Trace {
     }
 }
 
+/// The value below which so many of a hundred lie. There is no use for the least: a step whose end is noticed late makes
+/// the next look short.
+fn percentile(sorted: &[f64], percent: usize) -> f64 {
+    sorted.get(sorted.len() * percent / 100).copied().unwrap_or(f64::NAN)
+}
+
 fn median(sorted: &[f64]) -> f64 {
-    sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
+    percentile(sorted, 50)
 }
 
 impl Measured {
@@ -212,11 +218,12 @@ impl Measured {
     fn print(&self, args: &StepBenchArgs) {
         let (step, sum) = (median(&self.steps), median(&self.sums));
         println!(
-            "{} sequences at {} tokens: {:.3} ms a step (best {:.3}), {:.1} tokens/s",
+            "{} sequences at {} tokens: {:.3} ms a step (p10 {:.3}, p90 {:.3}), {:.1} tokens/s",
             self.batch_size,
             args.context,
             step * 1e3,
-            self.steps[0] * 1e3,
+            percentile(&self.steps, 10) * 1e3,
+            percentile(&self.steps, 90) * 1e3,
             self.batch_size as f64 / step
         );
         println!(
@@ -264,7 +271,8 @@ impl Measured {
             "batch_size": self.batch_size,
             "weight_bytes": self.weight_bytes,
             "step_median_s": median(&self.steps),
-            "step_best_s": self.steps[0],
+            "step_p10_s": percentile(&self.steps, 10),
+            "step_p90_s": percentile(&self.steps, 90),
             "sum_median_s": median(&self.sums),
             "share_of_sum": self.share(),
             "prefill": prefill.collect::<Vec<_>>(),
