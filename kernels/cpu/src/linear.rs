@@ -145,7 +145,7 @@ pub fn product<F: Fn(&mut Finished<'_>) + Sync>(x: &Prepared, w: &PackedMatrix<'
     let cut = Cut::new(x.level(), x.rows(), groups, bytes.div_ceil(groups.max(1)));
     parallel_for(cut.tasks(), |task| {
         let (rows, part) = cut.task(task);
-        let (begin, end) = (bytes * part / cut.parts, bytes * (part + 1) / cut.parts);
+        let (begin, end) = (cut.begin(part, bytes), cut.begin(part + 1, bytes));
         let (mut at, mut column) = (0, 0);
         for segment in w.segments() {
             // A group belongs to the part in which it begins.
@@ -225,6 +225,14 @@ impl Cut {
 
     fn tasks(&self) -> usize {
         self.row_chunks * self.parts
+    }
+
+    /// Where a part begins, of so many bytes or groups. The later half are a third as long as the others, so that little is
+    /// left to wait for when a thread finds no more: threads are not equally fast.
+    fn begin(&self, part: usize, whole: usize) -> usize {
+        let late = self.parts / 2;
+        let early = self.parts - late;
+        whole * (3 * part.min(early) + part.saturating_sub(early)) / (3 * early + late)
     }
 
     /// The rows of a task, and its part of the matrix. Neighbours share the part.

@@ -60,7 +60,7 @@ fn inner(x: &Prepared, gate_up: &PackedMatrix<'_>, forms: Forms, activation: Act
     let cut = Cut::new(x.level(), x.rows(), groups, gate.group_bytes() + up.group_bytes());
     parallel_for(cut.tasks(), |task| {
         let (rows, part) = cut.task(task);
-        let own = pairs * part / cut.parts * 2..groups.min(pairs * (part + 1) / cut.parts * 2);
+        let own = cut.begin(part, pairs) * 2..groups.min(cut.begin(part + 1, pairs) * 2);
         for groups in blocks(own, cut.block) {
             for rows in blocks(rows.clone(), cut.tile_rows) {
                 let (stride, column) = (groups.len() * GROUP, groups.start * GROUP);

@@ -225,6 +225,8 @@ fn tasks_cover_every_element_once_however_many_there_are() {
                 rows.for_each(|row| seen[row * cut.parts + part] += 1);
             }
             assert!(seen.iter().all(|times| *times == 1), "{rows} rows of {groups} groups");
+            let begins: Vec<_> = (0..=cut.parts).map(|part| cut.begin(part, groups)).collect();
+            assert!(begins.is_sorted() && begins[0] == 0 && begins[cut.parts] == groups, "{begins:?} of {groups}");
         }
     }
 }
