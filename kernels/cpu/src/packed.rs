@@ -85,7 +85,7 @@ impl Format {
     }
 
     /// Bytes of 16 rows by 32 columns of a quantized format, scales included.
-    pub fn tile_bytes(self) -> usize {
+    pub const fn tile_bytes(self) -> usize {
         // Bits of the elements, then f16 values for each row.
         let (bits, halves) = match self {
             Self::F32 => return GROUP * BLOCK * 4,

@@ -2,6 +2,8 @@
 //!
 //! A register holds 16 tokens' keys or 16 dimensions of values; each row has accumulators of its own, and an element (a
 //! pair) of queries or weights is broadcast from memory. Two registers at a time share a broadcast.
+//!
+//! As with AVX2, products with keys fetch the same group's values, those with values the next block's keys.
 
 use std::arch::x86_64::*;
 
@@ -70,6 +72,7 @@ macro_rules! float {
                 while step < whole {
                     for unrolled in 0..UNROLL {
                         let $weights = weights.add((step + unrolled) * $bytes);
+                        fetch($weights.add(steps * $bytes));
                         let $w = $load;
                         for row in 0..M {
                             let $value = x.add(row * x_stride + step + unrolled).read_unaligned();
@@ -114,7 +117,9 @@ macro_rules! float {
             // SAFETY: the caller's promise.
             unsafe {
                 for step in 0..steps {
-                    let both = [weights[0].add(step * $bytes), weights[1].add(step * $bytes)].map(|$weights| $load);
+                    let both = [weights[0].add(step * $bytes), weights[1].add(step * $bytes)];
+                    both.iter().for_each(|weights| fetch(weights.add(steps * $bytes)));
+                    let both = both.map(|$weights| $load);
                     for row in 0..M {
                         let $value = x.add(row * x_stride + step).read_unaligned();
                         for side in 0..2 {
@@ -146,6 +151,13 @@ float!(f32_stream, f32_pair, f32, 64, |weights| _mm512_loadu_ps(weights.cast()),
     _mm512_set1_ps(value),
     sum
 ));
+
+/// Asks for a line of memory that will be read.
+#[inline(always)]
+fn fetch(line: *const u8) {
+    // SAFETY: nothing is read.
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) };
+}
 
 #[inline(always)]
 fn pairs(bits: __m512i) -> __m512bh {
@@ -189,7 +201,7 @@ pub(super) fn weighted<C: Compute>(
     rows: usize,
     head_dim: usize,
     groups: &[&[C]],
-    _: &Next,
+    next: &Next,
     sums: &mut [f32],
 ) {
     assert!((1..=STRIP_ROWS).contains(&rows) && weights.len() >= rows * BLOCK_TOKENS && sums.len() >= rows * head_dim);
@@ -208,10 +220,18 @@ pub(super) fn weighted<C: Compute>(
         unsafe {
             let sums = sums.add(block * 16);
             match (C::PAIRS, pair) {
-                (true, true) => for_rows!(rows, weighted_bf16, [2], (weights.cast(), head_dim, block, values, sums)),
-                (true, false) => for_rows!(rows, weighted_bf16, [1], (weights.cast(), head_dim, block, values, sums)),
-                (false, true) => for_rows!(rows, weighted_f32, [2], (weights.cast(), head_dim, block, values, sums)),
-                (false, false) => for_rows!(rows, weighted_f32, [1], (weights.cast(), head_dim, block, values, sums)),
+                (true, true) => {
+                    for_rows!(rows, weighted_bf16, [2], (weights.cast(), head_dim, block, values, next, sums))
+                }
+                (true, false) => {
+                    for_rows!(rows, weighted_bf16, [1], (weights.cast(), head_dim, block, values, next, sums))
+                }
+                (false, true) => {
+                    for_rows!(rows, weighted_f32, [2], (weights.cast(), head_dim, block, values, next, sums))
+                }
+                (false, false) => {
+                    for_rows!(rows, weighted_f32, [1], (weights.cast(), head_dim, block, values, next, sums))
+                }
             }
         }
         block += 2;
@@ -230,6 +250,7 @@ macro_rules! weighted {
             head_dim: usize,
             block: usize,
             values: &[*const u8],
+            next: &Next,
             sums: *mut f32,
         ) {
             /// Registers of a group's values for 16 dimensions.
@@ -243,12 +264,15 @@ macro_rules! weighted {
                         held[row][side] = _mm512_loadu_ps(sums.add(row * head_dim + side * 16));
                     }
                 }
-                for (group, values) in values.iter().enumerate() {
+                for (group, (values, next)) in values.iter().zip(next).enumerate() {
                     let values = values.add(block * STEPS * REGISTER);
+                    let next = next.wrapping_add(block * STEPS * REGISTER);
                     for step in 0..STEPS {
                         let mut registers = [_mm512_setzero_si512(); N];
                         for side in 0..N {
-                            registers[side] = _mm512_loadu_si512(values.add((side * STEPS + step) * REGISTER).cast());
+                            let register = (side * STEPS + step) * REGISTER;
+                            registers[side] = _mm512_loadu_si512(values.add(register).cast());
+                            fetch(next.wrapping_add(register));
                         }
                         for row in 0..M {
                             let $value = weights.add(row * STRIDE + group * STEPS + step).read_unaligned();

@@ -13,7 +13,7 @@
 
 use std::{arch::x86_64::*, ops::Range};
 
-use super::{Panel, Q4, Q4_MIN, Q5, Q5_MIN, Q6, Q8, first_sum, has_minimum};
+use super::{Panel, Q4, Q4_MIN, Q5, Q5_MIN, Q6, Q8, fetched_lines, first_sum, format_of, has_minimum, run_rows};
 use crate::{
     activations::SUMS,
     packed::{BLOCK, Format, quantized::scales_at},
@@ -28,55 +28,7 @@ const Q8_ROWS: usize = 4;
 /// # Safety
 /// The level is available, and the panel has so many rows.
 pub(super) unsafe fn run(format: Format, panel: Panel, rows: usize) {
-    // SAFETY: as the caller says.
-    unsafe {
-        match format {
-            Format::Q8 => all::<Q8>(panel, rows),
-            Format::Q4 => all::<Q4>(panel, rows),
-            Format::Q4Min => all::<Q4_MIN>(panel, rows),
-            Format::Q5 => all::<Q5>(panel, rows),
-            Format::Q5Min => all::<Q5_MIN>(panel, rows),
-            Format::Q6 => all::<Q6>(panel, rows),
-            _ => unreachable!("a quantized format"),
-        }
-    }
-}
-
-/// All rows, in tiles of about the same height.
-///
-/// # Safety
-/// That of [`run`].
-unsafe fn all<const F: u32>(mut panel: Panel, rows: usize) {
-    let tiles = rows.div_ceil(if F == Q8 { Q8_ROWS } else { ROWS });
-    for tile in 0..tiles {
-        let count = rows * (tile + 1) / tiles - rows * tile / tiles;
-        // One row waits for memory all the time, which gives no more to who asks earlier; many find the block in the cache.
-        let lines = if (2..=16).contains(&rows) { format_of(F).tile_bytes().div_ceil(LINE) } else { 0 };
-        let fetched = lines * tile / tiles..lines * (tile + 1) / tiles;
-        // SAFETY: so many rows are left.
-        unsafe {
-            match count {
-                1 => rows_of::<F, 1>(&panel, fetched),
-                2 => rows_of::<F, 2>(&panel, fetched),
-                3 => rows_of::<F, 3>(&panel, fetched),
-                4 => rows_of::<F, 4>(&panel, fetched),
-                5 => rows_of::<F, 5>(&panel, fetched),
-                _ => rows_of::<F, 6>(&panel, fetched),
-            }
-            panel = panel.after(count);
-        }
-    }
-}
-
-const fn format_of(format: u32) -> Format {
-    match format {
-        Q8 => Format::Q8,
-        Q4 => Format::Q4,
-        Q4_MIN => Format::Q4Min,
-        Q5 => Format::Q5,
-        Q5_MIN => Format::Q5Min,
-        _ => Format::Q6,
-    }
+    run_rows!(format, panel, rows, |f| if f == Q8 { Q8_ROWS } else { ROWS }, [1, 2, 3, 4, 5, 6]);
 }
 
 /// Both halves of a group.
@@ -222,13 +174,12 @@ macro_rules! steps {
     };
 }
 
-/// With each tile, some lines of the next group's are fetched: so much is computed with each that the processor, which by
-/// itself looks little ahead, would do one after the other, wait and compute.
+/// With each tile, lines `fetched` of the next group's are fetched.
 ///
 /// # Safety
 /// The level is available, and the panel has `R` rows.
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn rows_of<const F: u32, const R: usize>(panel: &Panel, fetched: Range<usize>) {
+unsafe fn rows_of<const F: u32, const R: usize>(panel: Panel, fetched: Range<usize>) {
     let (format, blocks) = (format_of(F), panel.blocks);
     let stride = blocks * BLOCK;
     let mut sums = Sums([[_mm256_setzero_ps(); 2]; R]);
@@ -263,20 +214,20 @@ unsafe fn rows_of<const F: u32, const R: usize>(panel: &Panel, fetched: Range<us
                 double_step::<R, 1>(tile, x, offsets, &mut dots);
                 double_step::<R, 2>(tile, x, offsets, &mut dots);
                 double_step::<R, 3>(tile, x, offsets, &mut dots);
-                scaled::<F, R>(panel, block, &dots, scales(0), sums);
+                scaled::<F, R>(&panel, block, &dots, scales(0), sums);
                 continue;
             }
             let mut dots = begin(0);
             let scale = scales(0);
             if F == Q6 {
                 steps!(F, R, [0, 1, 2, 3], (tile, x, stride, &mut dots));
-                scaled::<F, R>(panel, block, &dots, scale, sums);
+                scaled::<F, R>(&panel, block, &dots, scale, sums);
                 let mut dots = begin(1);
                 steps!(F, R, [4, 5, 6, 7], (tile, x, stride, &mut dots));
-                scaled::<F, R>(panel, block, &dots, scales(1), sums);
+                scaled::<F, R>(&panel, block, &dots, scales(1), sums);
             } else {
                 steps!(F, R, [0, 1, 2, 3, 4, 5, 6, 7], (tile, x, stride, &mut dots));
-                scaled::<F, R>(panel, block, &dots, scale, sums);
+                scaled::<F, R>(&panel, block, &dots, scale, sums);
             }
             if has_minimum(F) {
                 let mut minimums = scales(1);

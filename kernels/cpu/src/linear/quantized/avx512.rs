@@ -1,28 +1,21 @@
 //! Four products of bytes for each of 16 rows of weights in one instruction.
 
-use std::arch::x86_64::*;
+use std::{arch::x86_64::*, ops::Range};
 
-use super::{Panel, Q4, Q4_MIN, Q5, Q5_MIN, Q6, Q8, first_sum, has_minimum, run_rows};
+use super::{Panel, Q4, Q4_MIN, Q5, Q5_MIN, Q6, Q8, fetched_lines, first_sum, format_of, has_minimum, run_rows};
 use crate::{
     activations::SUMS,
     packed::{BLOCK, Format, quantized::scales_at},
+    shared::LINE,
 };
+
+/// Rows whose sums stay in registers with a block's weights.
+const ROWS: usize = 12;
 
 /// # Safety
 /// The level is available, and the panel has so many rows.
 pub(super) unsafe fn run(format: Format, panel: Panel, rows: usize) {
-    run_rows!(format, panel, rows, [12, 8, 6, 4, 3, 2, 1]);
-}
-
-const fn format_of(format: u32) -> Format {
-    match format {
-        Q8 => Format::Q8,
-        Q4 => Format::Q4,
-        Q4_MIN => Format::Q4Min,
-        Q5 => Format::Q5,
-        Q5_MIN => Format::Q5Min,
-        _ => Format::Q6,
-    }
+    run_rows!(format, panel, rows, |_f| ROWS, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]);
 }
 
 /// The registers of a tile, an element in each byte.
@@ -89,16 +82,24 @@ macro_rules! unrolled {
     )*};
 }
 
+/// With each tile, lines `fetched` of the next group's are fetched.
+///
 /// # Safety
 /// The level is available, and the panel has `R` rows.
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-unsafe fn rows_of<const F: u32, const R: usize>(panel: Panel) {
+unsafe fn rows_of<const F: u32, const R: usize>(panel: Panel, fetched: Range<usize>) {
     let (format, blocks) = (format_of(F), panel.blocks);
+    let fetches = fetched.start == 0 && fetched.end > 0;
     let mut sums = [_mm512_setzero_ps(); R];
     for block in 0..blocks {
         // SAFETY: the panel has tiles for all blocks, and `R` rows of them in the activations.
         unsafe {
             let tile = panel.w.add(block * format.tile_bytes());
+            if fetches {
+                for line in 0..const { format_of(F).tile_bytes().div_ceil(LINE) } {
+                    _mm_prefetch::<_MM_HINT_T0>(tile.wrapping_add(blocks * format.tile_bytes() + line * LINE).cast());
+                }
+            }
             let w = unpack::<F>(tile);
             let scales =
                 |index: usize| _mm512_cvtph_ps(_mm256_loadu_si256(tile.add(scales_at(format) + index * 32).cast()));
