@@ -15,6 +15,7 @@ pub(crate) use quantized::SUMS;
 
 use crate::{
     level::Level,
+    linear::is_widened,
     packed::{BLOCK, Format, PackedMatrix},
     workspace::Buffer,
 };
@@ -38,11 +39,12 @@ pub struct Forms {
 }
 
 impl Forms {
-    /// What the microkernels of a level read for the formats of a matrix.
-    pub fn of(level: Level, matrix: &PackedMatrix<'_>) -> Self {
+    /// What the microkernels of a level read for the formats of a matrix, with so many rows.
+    pub fn of(level: Level, matrix: &PackedMatrix<'_>, rows: usize) -> Self {
         let mut forms = Self::default();
         for segment in matrix.segments() {
-            match segment.format {
+            let widened = is_widened(level, segment.format, rows);
+            match if widened { Format::Bf16 } else { segment.format } {
                 format if format.is_quantized() => {
                     forms.quantized = true;
                     forms.pairs |= format == Format::Q8 && level == Level::Avx2;
@@ -113,7 +115,8 @@ impl Prepared {
     fn from_rows<X: Element>(level: Level, x: &[X], w: &PackedMatrix<'_>, change: impl Fn(&mut [f32]) + Sync) -> Self {
         let columns = w.columns();
         assert!(x.len().is_multiple_of(columns), "rows of {columns} values, not {} values", x.len());
-        let prepared = Self::new(level, Forms::of(level, w), x.len() / columns, columns);
+        let rows = x.len() / columns;
+        let prepared = Self::new(level, Forms::of(level, w, rows), rows, columns);
         let chunk = |rows: Range<usize>| {
             let mut values = Buffer::<f32>::take(columns);
             for row in rows {

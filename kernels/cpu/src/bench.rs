@@ -130,7 +130,7 @@ pub fn linear_layers(
             linear(&x[..rows * w.columns()], w, Epilogue::NONE, &mut y[..rows * w.rows()]);
         }
     };
-    Ok(Timing::of(rounds, operations, Arithmetic::of(format), &mut matrices, run, |_| memory))
+    Ok(Timing::of(rounds, operations, Arithmetic::of(format, rows), &mut matrices, run, |_| memory))
 }
 
 /// Rows of blocks or floats from a small generator.

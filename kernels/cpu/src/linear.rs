@@ -15,6 +15,7 @@ mod reference;
 #[cfg(test)]
 mod tests;
 mod tile;
+mod widened;
 
 use std::ops::Range;
 
@@ -22,6 +23,8 @@ use torus_abi::kernel::{parallel_for, threads};
 
 pub use gated::{gated_mlp, gated_mlp_fits};
 pub use tile::{Finished, Tile};
+use widened::Groups;
+pub(crate) use widened::is_widened;
 
 use crate::{
     activations::{Element, Prepared, rms_norm},
@@ -35,8 +38,6 @@ use crate::{
 const FEW_ROWS: usize = 32;
 /// Tasks of each thread when there are few rows: whoever the system interrupts leaves the rest to others.
 const TASKS_PER_THREAD: usize = 4;
-/// Rows of a task when there are many, but for whole register tiles.
-const TASK_ROWS: usize = 132;
 /// Groups of a tile at most: 24 rows of 128 columns are 12 KiB.
 const TILE_GROUPS: usize = 8;
 /// Bytes of weights that a task keeps in the second-level cache.
@@ -154,11 +155,12 @@ pub fn product<F: Fn(&mut Finished<'_>) + Sync>(x: &Prepared, w: &PackedMatrix<'
                 (byte.saturating_sub(at).div_ceil(unit) * cut.unit).min(segment.groups())
             };
             for groups in blocks(group(begin)..group(end), cut.block) {
+                let weights = Groups::new(x, segment, groups.clone());
                 for rows in blocks(rows.clone(), cut.tile_rows) {
                     let width = segment.rows.min(groups.end * GROUP) - groups.start * GROUP;
                     let mut memory = Buffer::take(rows.len() * groups.len() * GROUP);
                     let mut tile = Tile::new(&mut memory, groups.len() * GROUP);
-                    segment_product(x, rows.clone(), segment, groups.clone(), &mut tile);
+                    weights_product(x, rows.clone(), &weights, &mut tile);
                     finish(&mut Finished::new(tile, rows.start, column + groups.start * GROUP, width));
                 }
             }
@@ -169,15 +171,10 @@ pub fn product<F: Fn(&mut Finished<'_>) + Sync>(x: &Prepared, w: &PackedMatrix<'
 }
 
 /// One tile: the products of some rows with some groups of a segment.
-fn segment_product(
-    x: &Prepared,
-    rows: Range<usize>,
-    segment: &PackedSegment<'_>,
-    groups: Range<usize>,
-    out: &mut Tile<'_>,
-) {
+fn weights_product(x: &Prepared, rows: Range<usize>, weights: &Groups<'_>, out: &mut Tile<'_>) {
+    let (segment, groups) = weights.place();
     let microkernel = if segment.format.is_quantized() { quantized::product } else { float::product };
-    microkernel(x.level(), x, rows, segment, groups, out);
+    microkernel(x.level(), x, rows, &segment, groups, out);
 }
 
 /// Rows of a tile at most.
@@ -186,6 +183,15 @@ fn tile_rows(level: Level) -> usize {
         // Two tiles of the matrix unit.
         Level::Amx => 32,
         _ => 24,
+    }
+}
+
+/// Rows of a task when there are many, but for whole register tiles.
+fn task_rows(level: Level) -> usize {
+    match level {
+        // Weights that are widened are so once for each task.
+        Level::Amx => 512,
+        _ => 132,
     }
 }
 
@@ -217,7 +223,7 @@ impl Cut {
                 block,
             };
         }
-        let row_chunks = rows.div_ceil(TASK_ROWS);
+        let row_chunks = rows.div_ceil(task_rows(level));
         // Some tasks for each thread, so that none waits long for another at the end.
         let wanted = (threads() * 4).div_ceil(row_chunks).min(groups.div_ceil(2));
         Self { rows, tile_rows, row_chunks, parts: wanted.max(groups.div_ceil(block)), unit: 2, block }

@@ -104,6 +104,7 @@ pub fn whole_layers(
     };
     let run = |memory: &mut Memory| outcome = std::mem::replace(&mut outcome, Ok(())).and(run(memory));
     let read = sizes.layers * (weights + used);
-    let timing = Timing::of(rounds, operations, Arithmetic::of(format), &mut memory, run, |memory| &memory[..read]);
+    let timing =
+        Timing::of(rounds, operations, Arithmetic::of(format, tokens), &mut memory, run, |memory| &memory[..read]);
     outcome.map(|()| timing)
 }

@@ -5,7 +5,7 @@ use std::{hint::black_box, time::Instant};
 use torus_abi::kernel::{parallel_for, threads};
 
 use super::{Level, level};
-use crate::packed::Format;
+use crate::{linear::is_widened, packed::Format};
 
 /// Which products.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,9 +22,10 @@ pub enum Arithmetic {
 }
 
 impl Arithmetic {
-    /// What products with weights of a format are made of.
-    pub fn of(format: Format) -> Self {
+    /// What products of so many rows with weights of a format are made of.
+    pub fn of(format: Format, rows: usize) -> Self {
         match format {
+            _ if is_widened(level(), format, rows) => Self::Tiles,
             Format::F32 | Format::F16 => Self::F32,
             Format::Bf16 if level() == Level::Amx => Self::Tiles,
             Format::Bf16 => Self::Bf16,

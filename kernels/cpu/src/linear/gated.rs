@@ -2,7 +2,7 @@
 
 use torus_abi::{fragment::Activation, kernel::parallel_for};
 
-use super::{Cut, Epilogue, Norm, Tile, blocks, linear_normed, linear_prepared, segment_product};
+use super::{Cut, Epilogue, Norm, Tile, blocks, linear_normed, linear_prepared, weights_product, widened::Groups};
 use crate::{
     activations::{Element, Forms, Prepared, for_levels},
     level::{Level, level},
@@ -44,7 +44,7 @@ pub fn gated_mlp<X: Element, Y: Element>(
     assert!(gated_mlp_fits(gate_up, down), "matrices of a gated MLP");
     let level = level();
     let normed = Prepared::normed(level, x, norm.weights, norm.eps, gate_up);
-    let inner = inner(&normed, gate_up, Forms::of(level, down), activation);
+    let inner = inner(&normed, gate_up, Forms::of(level, down, normed.rows()), activation);
     match post_norm {
         Some(norm) => linear_normed(&inner, down, None, norm, x, y),
         None => linear_prepared(&inner, down, Epilogue { bias: None, residual: Some(x) }, y),
@@ -62,13 +62,14 @@ fn inner(x: &Prepared, gate_up: &PackedMatrix<'_>, forms: Forms, activation: Act
         let (rows, part) = cut.task(task);
         let own = cut.begin(part, pairs) * 2..groups.min(cut.begin(part + 1, pairs) * 2);
         for groups in blocks(own, cut.block) {
+            let [gate_weights, up_weights] = [&gate, &up].map(|segment| Groups::new(x, segment, groups.clone()));
             for rows in blocks(rows.clone(), cut.tile_rows) {
                 let (stride, column) = (groups.len() * GROUP, groups.start * GROUP);
                 let mut memory = Buffer::<f32>::take(2 * rows.len() * stride);
                 let (gates, ups) = memory.split_at_mut(rows.len() * stride);
                 let (mut gates, mut ups) = (Tile::new(gates, stride), Tile::new(ups, stride));
-                segment_product(x, rows.clone(), &gate, groups.clone(), &mut gates);
-                segment_product(x, rows.clone(), &up, groups.clone(), &mut ups);
+                weights_product(x, rows.clone(), &gate_weights, &mut gates);
+                weights_product(x, rows.clone(), &up_weights, &mut ups);
                 let width = stride.min(gate.rows - column);
                 for (index, row) in rows.enumerate() {
                     let values = &mut gates.row_mut(index)[..width];

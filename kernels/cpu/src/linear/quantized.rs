@@ -17,7 +17,7 @@ use super::Tile;
 use crate::{
     activations::{Prepared, SUMS},
     level::Level,
-    packed::{BLOCK, GROUP, PackedSegment},
+    packed::{BLOCK, Format, GROUP, PackedSegment},
 };
 
 /// Formats as constants that functions can be generic over.
@@ -143,6 +143,21 @@ pub(super) fn product(
                 _ => portable::run(segment.format, panel, rows.len()),
             }
         }
+    }
+}
+
+/// Widens a group to the bf16 of [`crate::packed::Format::Bf16`].
+///
+/// # Panics
+/// If `group` and `out` are not of one number of columns.
+pub(super) fn widen(level: Level, format: Format, group: &[u8], out: &mut [u8]) {
+    let blocks = group.len() / format.tile_bytes();
+    assert!(out.len() == blocks * GROUP * BLOCK * 2 && level.is_available(), "groups of the same columns");
+    match level {
+        // SAFETY: the level is available, and both are of so many blocks.
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512 | Level::Amx => unsafe { avx512::widen(format, group.as_ptr(), blocks, out.as_mut_ptr()) },
+        _ => portable::widen(format, group, out),
     }
 }
 

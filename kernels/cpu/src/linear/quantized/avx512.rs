@@ -5,7 +5,10 @@ use std::{arch::x86_64::*, ops::Range};
 use super::{Panel, Q4, Q4_MIN, Q5, Q5_MIN, Q6, Q8, fetched_lines, first_sum, format_of, has_minimum, run_rows};
 use crate::{
     activations::SUMS,
-    packed::{BLOCK, Format, quantized::scales_at},
+    packed::{
+        BLOCK, Format,
+        quantized::{offset, scales_at},
+    },
     shared::LINE,
 };
 
@@ -139,4 +142,80 @@ unsafe fn rows_of<const F: u32, const R: usize>(panel: Panel, fetched: Range<usi
         // SAFETY: the output has `R` rows.
         unsafe { _mm512_storeu_ps(panel.out.add(row * panel.stride), sum) };
     }
+}
+
+/// As [`super::widen`] says.
+///
+/// # Safety
+/// The level is available; the group is `blocks` tiles, and `out` has room for as many of bf16.
+pub(super) unsafe fn widen(format: Format, group: *const u8, blocks: usize, out: *mut u8) {
+    // SAFETY: as the caller says.
+    unsafe {
+        match format {
+            Format::Q8 => widen_all::<Q8>(group, blocks, out),
+            Format::Q4 => widen_all::<Q4>(group, blocks, out),
+            Format::Q4Min => widen_all::<Q4_MIN>(group, blocks, out),
+            Format::Q5 => widen_all::<Q5>(group, blocks, out),
+            Format::Q5Min => widen_all::<Q5_MIN>(group, blocks, out),
+            Format::Q6 => widen_all::<Q6>(group, blocks, out),
+            _ => unreachable!("a quantized format"),
+        }
+    }
+}
+
+/// # Safety
+/// That of [`widen`].
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")]
+unsafe fn widen_all<const F: u32>(group: *const u8, blocks: usize, out: *mut u8) {
+    /// The words of two registers of bf16, which lie one after the other, in turns.
+    static TURNS: [u16; 32] = {
+        let mut turns = [0; 32];
+        let mut word = 0;
+        while word < 32 {
+            turns[word] = (word / 2 + word % 2 * 16) as u16;
+            word += 1;
+        }
+        turns
+    };
+    let format = format_of(F);
+    // SAFETY: both are there for so many blocks, as the caller says; a register of bytes becomes two of bf16.
+    unsafe {
+        let turns = _mm512_loadu_si512(TURNS.as_ptr().cast());
+        for block in 0..blocks {
+            let tile = group.add(block * format.tile_bytes());
+            let registers = unpack::<F>(tile);
+            let scales =
+                |index: usize| _mm512_cvtph_ps(_mm256_loadu_si256(tile.add(scales_at(format) + index * 32).cast()));
+            let first = scales(0);
+            let second = if F == Q6 { scales(1) } else { first };
+            for (index, register) in registers.into_iter().enumerate() {
+                let scale = if index < 4 { first } else { second };
+                let start = match has_minimum(F) {
+                    true => scales(1),
+                    false => _mm512_mul_ps(scale, _mm512_set1_ps(-offset(format) as f32)),
+                };
+                let column = |byte: __m512i| {
+                    let element = _mm512_cvtepi32_ps(_mm512_and_si512(byte, _mm512_set1_epi32(255)));
+                    _mm512_fmadd_ps(element, scale, start)
+                };
+                let columns = [
+                    column(register),
+                    column(_mm512_srli_epi32::<8>(register)),
+                    column(_mm512_srli_epi32::<16>(register)),
+                    column(_mm512_srli_epi32::<24>(register)),
+                ];
+                for pair in 0..2 {
+                    let both = words(_mm512_cvtne2ps_pbh(columns[pair * 2 + 1], columns[pair * 2]));
+                    let to = out.add((block * BLOCK / 2 + index * 2 + pair) * 64);
+                    _mm512_storeu_si512(to.cast(), _mm512_permutexvar_epi16(turns, both));
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn words(values: __m512bh) -> __m512i {
+    // SAFETY: both are 512 bits without invalid values.
+    unsafe { std::mem::transmute(values) }
 }

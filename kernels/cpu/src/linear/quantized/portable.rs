@@ -1,5 +1,7 @@
 //! Plain Rust: a tile is unpacked once, and multiplied with all rows.
 
+use half::bf16;
+
 use super::Panel;
 use crate::packed::{
     BLOCK, Format, GROUP,
@@ -29,6 +31,22 @@ pub(super) unsafe fn run(format: Format, panel: Panel, rows: usize) {
                 out.fill(0.0);
             }
             out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum);
+        }
+    }
+}
+
+/// As [`super::widen`] says.
+pub(super) fn widen(format: Format, group: &[u8], out: &mut [u8]) {
+    let tiles = group.chunks_exact(format.tile_bytes()).zip(out.chunks_exact_mut(BLOCK * GROUP * 2));
+    for (tile, out) in tiles {
+        let unpacked = Unpacked::new(format, tile);
+        for (k, elements) in unpacked.elements.iter().enumerate() {
+            for (lane, element) in elements.iter().enumerate() {
+                let value = (i32::from(*element) - unpacked.offset) as f32;
+                let value = value * unpacked.scales[k / 16][lane] + unpacked.minimums[lane];
+                out[(k / 2 * GROUP + lane) * 4 + k % 2 * 2..][..2]
+                    .copy_from_slice(&bf16::from_f32(value).to_le_bytes());
+            }
         }
     }
 }

@@ -1,10 +1,12 @@
-use half::f16;
+use half::{bf16, f16};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::{BLOCK, Prepared};
+use super::{BLOCK, GROUP, Prepared, widen};
 use crate::{
-    Epilogue, Level, linear_prepared,
+    Epilogue, Level,
+    linear::is_widened,
+    linear_prepared,
     packed::{Format, Layout, PackedMatrix, RowSource, Segment, SourceType, decode_row, embed, pack},
     workspace::Buffer,
 };
@@ -92,14 +94,11 @@ fn products_are_those_of_the_decoded_rows_at_every_level() {
                 for output in 0..outputs {
                     decode_row(&w, output, &mut weights);
                     for row in 0..rows {
-                        check(
-                            &prepared,
-                            &x,
-                            row,
-                            &weights,
-                            y[row * outputs + output],
-                            &format!("{level} {source:?} {row} {output}"),
-                        );
+                        let (y, what) = (y[row * outputs + output], format!("{level} {source:?} {row} {output}"));
+                        match is_widened(level, format, rows) {
+                            true => check_widened(&x, row, &weights, y, &what),
+                            false => check(&prepared, &x, row, &weights, y, &what),
+                        }
                     }
                 }
             }
@@ -126,6 +125,39 @@ fn the_largest_products_are_exact() {
             assert!(y.iter().all(|y| (y / exact - 1.0).abs() < 0.01), "{level} {count} {byte}: {y:?}, exactly {exact}");
         }
     }
+}
+
+#[test]
+fn groups_are_widened_to_the_nearest_bf16_at_every_level() {
+    let rng = &mut ChaCha8Rng::seed_from_u64(14);
+    for (source, format, unit) in SOURCES {
+        let (outputs, columns) = (GROUP, 2 * unit);
+        let memory = packed(&random(rng, source, outputs, columns), format, outputs, columns);
+        let w = PackedMatrix::parse(&memory).unwrap();
+        let mut weights = vec![0.0; columns];
+        for level in Level::available() {
+            let mut wide = vec![0; columns * GROUP * 2];
+            widen(level, format, w.segments()[0].group(0), &mut wide);
+            for lane in 0..GROUP {
+                decode_row(&w, lane, &mut weights);
+                for (k, weight) in weights.iter().enumerate() {
+                    let at = (k / 2 * GROUP + lane) * 4 + k % 2 * 2;
+                    let found = bf16::from_le_bytes([wide[at], wide[at + 1]]).to_f32();
+                    // A product and a sum may be rounded once or twice before.
+                    let allowed = weight.abs() / 256.0 + 1e-6;
+                    assert!((found - weight).abs() <= allowed, "{level} {source:?} {lane} {k}: {found} for {weight}");
+                }
+            }
+        }
+    }
+}
+
+/// As [`check`], of weights that are widened: both sides are rounded to bf16.
+fn check_widened(x: &[f32], row: usize, weights: &[f32], y: f32, what: &str) {
+    let products = weights.iter().zip(&x[row * weights.len()..]).map(|(w, x)| f64::from(*w) * f64::from(*x));
+    let (exact, magnitude) = products.fold((0.0, 0.0), |(sum, all), product| (sum + product, all + product.abs()));
+    let allowed = magnitude / 100.0 + 1e-4;
+    assert!((f64::from(y) - exact).abs() <= allowed, "{what}: {y}, exactly {exact} within {allowed}");
 }
 
 /// Against the quantized activations, only rounding of f32 may differ: of a few operations for each block, relative to
@@ -233,7 +265,7 @@ fn float_rows_are_decoded_and_unfit_sources_refused() {
         for (k, found) in found.iter().enumerate() {
             let value = f32::from_le_bytes(rows.row(0, 20).as_chunks().0[k]);
             let expected = match format {
-                Format::Bf16 => half::bf16::from_f32(value).to_f32(),
+                Format::Bf16 => bf16::from_f32(value).to_f32(),
                 Format::F16 => f16::from_f32(value).to_f32(),
                 _ => value,
             };
