@@ -8,7 +8,7 @@ use torus_abi::{
     step::{StepInput, StepShape},
 };
 use torus_hlo::{
-    Axis, Builder, Dot, Func, Scatter, Shape, Value,
+    Axis, Builder, Dot, Func, Precision, Scatter, Shape, Value,
     axes::{GROUP, HEAD_DIM, KV_HEADS, PAGE, PAGES, Q_HEADS, SEQS, SLOTS, TOKENS},
 };
 
@@ -161,6 +161,12 @@ impl<'f> Attention<'f, '_> {
         context_types(&self.request.shape).into_iter().enumerate().map(part).collect()
     }
 
+    /// How products in f32 are made: rounded where the device does so by itself, but not for who computes in f32.
+    fn precision(&self) -> Precision {
+        let AttentionQuery { dtype, target, .. } = self.request;
+        if *dtype == DType::F32 && target.platform != "cpu" { Precision::Highest } else { Precision::Default }
+    }
+
     /// Pages of a block: as many as keep a round within its rows.
     fn block_pages(&self) -> u64 {
         let shape = &self.request.shape;
@@ -218,7 +224,8 @@ impl<'f> Attention<'f, '_> {
             let rows = if self.request.kv_dtype == DType::F8E4M3 { rows.bitcast(DType::F8E4M3) } else { rows };
             rows.convert(DType::F32)
         };
-        let scores = query.dot(read(pools[0]), Dot::over(HEAD_DIM).batch([TOKENS, KV_HEADS]));
+        let precision = self.precision();
+        let scores = query.dot(read(pools[0]), Dot::over(HEAD_DIM).batch([TOKENS, KV_HEADS]).precision(precision));
         let scores = match spec.soft_cap {
             Some(cap) => (scores / cap).tanh() * cap,
             None => scores,
@@ -237,7 +244,7 @@ impl<'f> Attention<'f, '_> {
         // Values that are not seen may be anything, NaN too, and 0 * NaN is NaN.
         let values = read(pools[1]);
         let values = seen.select(values, values.full_like(0.0f32));
-        let weighted = weights.dot(values, Dot::over(PAGE).batch([TOKENS, KV_HEADS]));
+        let weighted = weights.dot(values, Dot::over(PAGE).batch([TOKENS, KV_HEADS]).precision(precision));
         Running { peak, total: running.total * decay + weights.sum(PAGE), sum: running.sum * decay + weighted }
     }
 }

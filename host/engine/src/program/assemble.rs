@@ -9,7 +9,7 @@ use torus_abi::{
     step::{StepInput, StepShape},
 };
 use torus_hlo::{
-    Axis, Builder, Callee, Func, Scatter, Shape, Value,
+    Axis, Builder, Callee, Func, Precision, Scatter, Shape, Value,
     axes::{HIDDEN, ROWS, SLOTS, TOKENS, VOCAB},
 };
 use torus_plugins::{
@@ -294,8 +294,10 @@ impl Parts<'_> {
         let mut units = vec![Unit { plugin: "host", fragment: &main, kernels: None }, self.hidden, self.head];
         units.extend(&self.attention);
         let native = Native { kinds: self.answers, pages_in_loops: self.pages_in_loops() };
+        // A TPU and a GPU round f32 unless told otherwise, and whoever has weights in f32 asked for them. A CPU never does.
+        let exact = if self.assembler.runs_kernels { Precision::Default } else { Precision::Highest };
         let functions = link::link(&units, &["main"], &mut |import| {
-            imports::implement(import, &native, self.assembler.parallel, &|kind| {
+            imports::implement(import, &native, self.assembler.parallel, exact, &|kind| {
                 serving.get(kind).cloned().unwrap_or_default()
             })
         })?;

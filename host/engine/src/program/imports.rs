@@ -12,7 +12,7 @@ use torus_abi::{
     fragment::{Import, LinearRole, Operation},
     model::Parallel,
 };
-use torus_hlo::{Axis, Builder, Dot, Group, Shape};
+use torus_hlo::{Axis, Builder, Dot, Group, Precision, Shape};
 use torus_plugins::{LinkError, link::Implementation};
 
 use super::{
@@ -29,11 +29,13 @@ const OUT: Axis = Axis("out");
 const SUM_CHANNEL: u32 = 1;
 const EMBED_CHANNEL: u32 = 2;
 
-/// Supplies an import; `attention` names the function that serves a kind of layers.
+/// Supplies an import; `attention` names the function that serves a kind of layers, and `exact` is how weights in f32 are
+/// multiplied.
 pub(crate) fn implement(
     import: &Import,
     native: &Native<'_>,
     parallel: Parallel,
+    exact: Precision,
     attention: &dyn Fn(usize) -> String,
 ) -> Result<Implementation, LinkError> {
     if let Some(implementation) = native::implement(import, native)? {
@@ -52,6 +54,7 @@ pub(crate) fn implement(
                 bias: bias.is_some(),
                 residual: *residual,
                 result: *result,
+                exact,
                 sum: sums.then(|| Group::all(parallel.tensor, SUM_CHANNEL)),
             };
             linear.implement(import)
@@ -98,6 +101,8 @@ struct Linear {
     bias: bool,
     residual: bool,
     result: DType,
+    /// How weights in f32 are multiplied.
+    exact: Precision,
     /// The devices whose products are summed, in the dtype of the result.
     sum: Option<Group>,
 }
@@ -120,8 +125,11 @@ impl Linear {
                     weight = weight.dynamic_slice(&[(LAYERS, *number, 1)]).squeeze(LAYERS);
                 }
                 // Weights kept wider than the activations are multiplied as they are.
-                let x = if weight.dtype() == DType::F32 { x.convert(DType::F32) } else { x };
-                let mut y = x.dot(weight, Dot::over(IN).result(DType::F32));
+                let (x, precision) = match weight.dtype() {
+                    DType::F32 => (x.convert(DType::F32), self.exact),
+                    _ => (x, Precision::Default),
+                };
+                let mut y = x.dot(weight, Dot::over(IN).result(DType::F32).precision(precision));
                 if let Some(group) = &self.sum {
                     y = y.convert(self.result).all_reduce_sum(group).convert(DType::F32);
                 }

@@ -13,15 +13,15 @@ pub struct Dot {
     precision: Precision,
 }
 
-/// How exactly a TPU multiplies f32; other dtypes and a CPU do not care.
+/// How exactly a TPU or a GPU multiplies f32; other dtypes and a CPU do not care.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Precision {
-    /// Operands are rounded to bf16.
+    /// A TPU rounds operands to bf16, a GPU to TF32 (10 bits of the 23).
     #[default]
     Default,
-    /// Three passes in bf16.
+    /// A TPU makes three passes in bf16.
     High,
-    /// Six passes in bf16: as exact as f32.
+    /// A TPU makes six passes in bf16, as exact as f32; a GPU multiplies in f32.
     Highest,
 }
 
