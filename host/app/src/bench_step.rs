@@ -1,5 +1,5 @@
-//! `torus bench step`: the steps of an engine in this process, beside a plain sum over as many bytes as a step reads of
-//! weights. Both are timed in turns, because the memory of a machine with neighbours is fast now and slow then.
+//! `torus bench step`: the steps of an engine in this process. On a CPU, beside a plain sum over as many bytes as a step
+//! reads of weights: both are timed in turns, because the memory of a machine with neighbours is fast now and slow then.
 
 use std::{collections::BTreeMap, fs, path::Path, process::ExitCode, sync::Arc};
 
@@ -13,7 +13,7 @@ use torus_bench::ReadBuffer;
 use torus_engine::api::{Engine, Event, EventStream, FinishReason, GenerateRequest, LogprobOptions, SamplingParams};
 
 use crate::{
-    args::{LogLevel, StepBenchArgs},
+    args::{Device, LogLevel, StepBenchArgs},
     engine::{Machine, MemoryClaim},
     limits::Limits,
     logging,
@@ -22,7 +22,7 @@ use crate::{
     serve::wait_until_ready,
 };
 
-/// Sums over the weights' bytes in each round.
+/// Sums over the weights' bytes in each round, where the device reads the memory that they lie in.
 const SUMS_PER_ROUND: usize = 4;
 
 pub fn run(args: &StepBenchArgs, limits: &Limits) -> anyhow::Result<ExitCode> {
@@ -59,7 +59,7 @@ struct Measured {
     weight_bytes: u64,
     /// Times of decode steps, ascending, in seconds.
     steps: Vec<f64>,
-    /// Times of sums over the weights' bytes, ascending, in seconds.
+    /// Times of sums over the weights' bytes, ascending, in seconds; none but on a CPU.
     sums: Vec<f64>,
     /// Tokens of a step that computes prompts, to its times in seconds.
     prefill: BTreeMap<u64, Vec<f64>>,
@@ -84,7 +84,8 @@ async fn measure(
     let info = engine.info().context("the engine is not ready")?;
     let running = info.max_running_requests;
     ensure!(batch_size <= running, "--batch-size {batch_size}: at most {running} requests run at once");
-    let buffer = ReadBuffer::new(info.weight_bytes as usize, threads);
+    let on_cpu = args.engine.device.device == Device::Cpu;
+    let buffer = on_cpu.then(|| ReadBuffer::new(info.weight_bytes as usize, threads));
     let mut random = ChaCha8Rng::seed_from_u64(args.seed);
     let mut trace = Trace::default();
     let mut sums = Vec::new();
@@ -100,7 +101,8 @@ async fn measure(
         // The first round warms up.
         if round > 0 {
             trace.read(Path::new(&path), batch_size as u64)?;
-            sums.extend((0..SUMS_PER_ROUND).map(|_| buffer.read().as_secs_f64()));
+            let sum = |buffer: &ReadBuffer| buffer.read().as_secs_f64();
+            sums.extend(buffer.iter().flat_map(|buffer| (0..SUMS_PER_ROUND).map(move |_| sum(buffer))));
             bar.inc(1);
         }
         if args.trace_dir.is_none() {
@@ -226,13 +228,18 @@ impl Measured {
             percentile(&self.steps, 90) * 1e3,
             self.batch_size as f64 / step
         );
-        println!(
-            "  a sum over the same {:.0} MB takes {:.3} ms ({:.1} GB/s): the step reaches {:.1}% of it",
-            self.weight_bytes as f64 / 1e6,
-            sum * 1e3,
-            self.weight_bytes as f64 / sum / 1e9,
-            self.share() * 100.0
-        );
+        if self.sums.is_empty() {
+            let (megabytes, rate) = (self.weight_bytes as f64 / 1e6, self.weight_bytes as f64 / step / 1e9);
+            println!("  it reads {megabytes:.0} MB of weights ({rate:.1} GB/s)");
+        } else {
+            println!(
+                "  a sum over the same {:.0} MB takes {:.3} ms ({:.1} GB/s): the step reaches {:.1}% of it",
+                self.weight_bytes as f64 / 1e6,
+                sum * 1e3,
+                self.weight_bytes as f64 / sum / 1e9,
+                self.share() * 100.0
+            );
+        }
         for (tokens, times) in &self.prefill {
             let mut times = times.clone();
             times.sort_by(f64::total_cmp);
