@@ -63,6 +63,8 @@ pub enum Command {
 /// Options of `torus probe-device`.
 #[derive(Debug, clap::Args)]
 pub struct ProbeArgs {
+    #[arg(long, value_name = "DEVICE", default_value = "tpu")]
+    pub device: Device,
     #[arg(long, value_name = "FILE")]
     pub pjrt_plugin: PathBuf,
 }

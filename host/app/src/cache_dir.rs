@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::{args::Device, tpu};
+use crate::{args::Device, python};
 
 /// `--cache-dir`, else `$TORUS_CACHE`, else `torus` in the user's cache folder.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,6 +38,10 @@ const CPU: [Package; 3] = [
     Package { name: "xla-cpu-pjrt", version: "0.0.1", member: "xla_plugins/xla_cpu_pjrt/xla_cpu_pjrt.so" },
 ];
 const TPU: [Package; 1] = [Package { name: "libtpu", version: "0.0.52", member: "libtpu/libtpu.so" }];
+/// Where the packages `jax-cuda13-pjrt` and `jax-cuda12-pjrt` have it. There it finds the libraries of CUDA, which come in
+/// packages beside it; so no copy of it is looked for elsewhere.
+const CUDA_MEMBERS: [&str; 2] =
+    ["jax_plugins/xla_cuda13/xla_cuda_plugin.so", "jax_plugins/xla_cuda12/xla_cuda_plugin.so"];
 
 impl Package {
     fn file(&self) -> PathBuf {
@@ -73,15 +77,24 @@ impl CacheDir {
         self.0.join("executables")
     }
 
+    /// What XLA's compiler for GPUs found out by trying kernels.
+    pub fn autotuning(&self) -> PathBuf {
+        self.0.join("autotuning")
+    }
+
     /// Packed weights.
     pub fn weights(&self) -> PathBuf {
         self.0.join("weights")
     }
 
-    /// The PJRT plugin for a device: the one given, for a TPU the one of `TPU_LIBRARY_PATH` or of the installed Python
-    /// package, else the newest known one in this folder.
+    /// The PJRT plugin for a device: the one given, for a TPU the one of `TPU_LIBRARY_PATH`, for a TPU or a GPU the one of an
+    /// installed Python package, else the newest known one in this folder.
     pub fn pjrt_plugin(&self, device: Device, given: Option<&Path>) -> Result<PathBuf, PjrtPluginError> {
-        let installed = || tpu::installed_libtpu().filter(|_| device == Device::Tpu);
+        let installed = || match device {
+            Device::Cpu => None,
+            Device::Tpu => python::installed(&[TPU[0].member]),
+            Device::Cuda => python::installed(&CUDA_MEMBERS),
+        };
         self.choose_pjrt_plugin(device, given, &|name| std::env::var_os(name), &installed)
     }
 
@@ -120,8 +133,9 @@ impl CacheDir {
 
 fn remedy(package: Option<&Package>, folder: &Path) -> String {
     let Some(package) = package else {
-        return "Give the library that drives the device: --pjrt-plugin FILE (a Python package such as jax-cuda13-pjrt \
-                carries xla_cuda_plugin.so)"
+        return "Install the Python package that brings it, and CUDA's libraries with it: 'pip install \"jax[cuda13]\"', in the \
+                environment that is active (VIRTUAL_ENV), whose python3 the shell finds, or for this user. Or give its \
+                xla_cuda_plugin.so with --pjrt-plugin FILE"
             .to_owned();
     };
     let Package { name, version, member } = package;
@@ -177,7 +191,8 @@ mod tests {
         assert!(find(Device::Tpu).unwrap_err().to_string().contains("libtpu==0.0.52"));
         let installed = || Some(PathBuf::from("/python/libtpu.so"));
         assert_eq!(cache.choose_pjrt_plugin(Device::Tpu, None, &no_env, &installed).unwrap(), installed().unwrap());
-        assert!(find(Device::Cuda).unwrap_err().to_string().contains("--pjrt-plugin FILE"));
+        let error = find(Device::Cuda).unwrap_err().to_string();
+        assert!(error.contains("jax[cuda13]") && error.contains("--pjrt-plugin FILE"), "{error}");
     }
 
     #[test]

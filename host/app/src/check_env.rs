@@ -70,7 +70,8 @@ pub fn run(args: &CheckEnvArgs, limits: &Limits) -> anyhow::Result<ExitCode> {
         Ok(cache) => {
             facts.push(cache_folder(&cache));
             facts.push(cpu_plugin(&cache, args.pjrt_plugin.as_deref()));
-            facts.extend(tpu(&cache));
+            facts.extend(accelerator(&cache, Device::Tpu, "TPU", "libtpu"));
+            facts.extend(accelerator(&cache, Device::Cuda, "GPU", "CUDA plugin"));
             facts.extend(plugins(&cache));
         }
         Err(error) => facts.push(Fact::bad("cache folder", "not known", error)),
@@ -202,24 +203,24 @@ fn cpu_plugin(cache: &CacheDir, given: Option<&Path>) -> Fact {
 }
 
 /// The library, and whether a TPU answers through it; a child process asks.
-fn tpu(cache: &CacheDir) -> Vec<Fact> {
-    const NAME: &str = "libtpu";
-    let path = match cache.pjrt_plugin(Device::Tpu, None) {
+/// The library that drives such devices, and what it finds.
+fn accelerator(cache: &CacheDir, device: Device, what: &str, library: &str) -> Vec<Fact> {
+    let path = match cache.pjrt_plugin(device, None) {
         Ok(path) => path,
-        Err(error) => return vec![Fact::poor(NAME, "not found: no serving on a TPU", error)],
+        Err(error) => return vec![Fact::poor(library, format_args!("not found: no serving on a {what}"), error)],
     };
-    let answer = match tpu::probe(&path) {
+    let answer = match tpu::probe(device, &path) {
         Ok(found) => {
             let kind = found.kinds.first().map_or("no device", String::as_str);
             let memory = found.memory_bytes.map_or("unknown".to_owned(), |bytes| format!("{} GiB", bytes >> 30));
-            Fact::good("TPU", format_args!("{} of {kind}, memory of each {memory}", found.kinds.len()))
+            Fact::good(what, format_args!("{} of {kind}, memory of each {memory}", found.kinds.len()))
         }
         Err(error) => {
             let reason = error.root_cause().to_string();
-            Fact::poor("TPU", format_args!("none answers: {reason}"), "free it if another process uses it")
+            Fact::poor(what, format_args!("none answers: {reason}"), "free it if another process uses it")
         }
     };
-    vec![Fact::good(NAME, path.display()), answer]
+    vec![Fact::good(library, path.display()), answer]
 }
 
 fn plugins(cache: &CacheDir) -> Vec<Fact> {

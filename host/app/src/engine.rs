@@ -45,7 +45,7 @@ impl Machine {
         torus_plugins::pin_kernel_threads(args.pin_threads == Switch::On);
         let pjrt_plugin = cache.pjrt_plugin(args.device, args.pjrt_plugin.as_deref())?;
         if args.device == Device::Tpu {
-            let found = tpu::probe(&pjrt_plugin)?;
+            let found = tpu::probe(Device::Tpu, &pjrt_plugin)?;
             let count = found.kinds.len();
             ensure!(tp_size as usize <= count, "--tp-size {tp_size}: there are {count} devices; give at most as many");
             tracing::info!(
@@ -56,11 +56,7 @@ impl Machine {
             );
         }
         let config = DeviceConfig {
-            platform: match args.device {
-                Device::Cpu => Platform::Cpu,
-                Device::Tpu => Platform::Tpu,
-                Device::Cuda => Platform::Cuda,
-            },
+            platform: args.device.platform(),
             pjrt_plugin,
             cpu_threads: Some(args.threads.unwrap_or_else(|| limits.cpus())),
             tensor_parallel: tp_size,

@@ -16,6 +16,7 @@ mod bench_step;
 mod cache_dir;
 mod check_env;
 mod compile;
+mod compiler_flags;
 mod ctl;
 mod engine;
 mod generate;
@@ -25,6 +26,7 @@ mod model;
 mod operate;
 mod plan;
 mod plugins;
+mod python;
 mod serve;
 mod tpu;
 mod version;
@@ -41,7 +43,7 @@ use torus_model_llama as _;
 use torus_model_qwen as _;
 
 use crate::{
-    args::{BenchCommand, Cli, Command, Device, DeviceArgs, EngineArgs, PluginsCommand, refuse},
+    args::{BenchCommand, Cli, Command, Device, EngineArgs, PluginsCommand, refuse},
     limits::Limits,
 };
 
@@ -66,8 +68,11 @@ pub fn main() -> ExitCode {
         unsafe { torus_pjrt::prepare_libtpu_environment() };
     }
     keep_freed_memory();
-    if let Some(args) = cli.command.engine_args() {
-        pass_compiler_flags(&args.device);
+    if let Some(args) = cli.command.engine_args()
+        && let Some((variable, flags)) = compiler_flags::to_set(&args.device, &|name| std::env::var(name).ok())
+    {
+        // SAFETY: this process has no other thread yet.
+        unsafe { std::env::set_var(variable, flags) };
     }
     let threads = cli.command.engine_args().and_then(|args| args.device.threads);
     prepare_xla_environment(threads.unwrap_or_else(|| limits.cpus()));
@@ -104,7 +109,7 @@ fn run(command: Command, limits: &Limits) -> anyhow::Result<ExitCode> {
         Command::Bench(BenchCommand::Step(args)) => bench_step::run(&args, limits),
         Command::Bench(BenchCommand::Host(args)) => bench_host::run(&args),
         Command::Bench(BenchCommand::Kernels(args)) => bench_kernels::run(&args, limits),
-        Command::ProbeDevice(args) => tpu::run_probe(&args.pjrt_plugin),
+        Command::ProbeDevice(args) => tpu::run_probe(args.device, &args.pjrt_plugin),
         Command::Version => {
             println!("{}", version::describe());
             Ok(ExitCode::SUCCESS)
@@ -136,18 +141,6 @@ fn keep_freed_memory() {
         // SAFETY: it only changes how the allocator of this process behaves.
         unsafe { libc::mallopt(parameter, KEPT_BYTES) };
     }
-}
-
-/// Puts the flags of `--xla-flags` where the device's compiler reads them, behind those that are there already.
-fn pass_compiler_flags(args: &DeviceArgs) {
-    let Some(flags) = &args.xla_flags else { return };
-    let variable = if args.device == Device::Tpu { "LIBTPU_INIT_ARGS" } else { "XLA_FLAGS" };
-    let flags = match std::env::var(variable) {
-        Ok(there) if !there.trim().is_empty() => format!("{there} {flags}"),
-        _ => flags.clone(),
-    };
-    // SAFETY: this process has no other thread yet: `main` calls this before anything starts one.
-    unsafe { std::env::set_var(variable, flags) };
 }
 
 /// Settings that XLA reads from the environment: how many threads its pool has on a CPU (as many as the machine has cores

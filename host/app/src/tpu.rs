@@ -1,4 +1,4 @@
-//! Whether there is a TPU, found out in a process of its own.
+//! Whether there is a TPU or a GPU, found out in a process of its own.
 //!
 //! Where there is none, or where another process uses it, libtpu does not always say so: it asks the cloud's metadata server for
 //! minutes, waits for other machines, or ends the process. So a child of this program opens it first, with a time limit, and
@@ -7,7 +7,7 @@
 use std::{
     env, fs,
     io::Read,
-    path::{Path, PathBuf},
+    path::Path,
     process::{Child, Command, ExitCode, Stdio},
     thread,
     time::{Duration, Instant},
@@ -15,6 +15,8 @@ use std::{
 
 use anyhow::{Context, anyhow, bail};
 use serde::{Deserialize, Serialize};
+
+use crate::args::Device;
 
 /// The subcommand of the child.
 pub const PROBE_COMMAND: &str = "probe-device";
@@ -33,9 +35,9 @@ pub struct Found {
 }
 
 /// What the child does: opens the device and prints what it is.
-pub fn run_probe(pjrt_plugin: &Path) -> anyhow::Result<ExitCode> {
+pub fn run_probe(device: Device, pjrt_plugin: &Path) -> anyhow::Result<ExitCode> {
     let plugin = torus_pjrt::Plugin::load(pjrt_plugin)?;
-    let client = torus_pjrt::Client::new(&plugin, &[])?;
+    let client = torus_pjrt::Client::new(&plugin, &torus_engine::client_options(device.platform(), 1))?;
     let devices: Vec<_> = client.devices()?.into_iter().filter(torus_pjrt::Device::is_addressable).collect();
     let found = Found {
         platform: client.platform_name().to_owned(),
@@ -46,18 +48,21 @@ pub fn run_probe(pjrt_plugin: &Path) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Opens the device in a child process. The error says what to do.
-pub fn probe(pjrt_plugin: &Path) -> anyhow::Result<Found> {
+/// Opens a TPU or a GPU in a child process. The error says what to do.
+pub fn probe(device: Device, pjrt_plugin: &Path) -> anyhow::Result<Found> {
     let mut command = Command::new(env::current_exe().context("this program's own file is not known")?);
-    command.arg(PROBE_COMMAND).arg("--pjrt-plugin").arg(pjrt_plugin);
-    if !has_device_files(Path::new("/dev")) && env::var_os("TPU_SKIP_MDS_QUERY").is_none() {
+    command.args([PROBE_COMMAND, "--device", device.name(), "--pjrt-plugin"]).arg(pjrt_plugin);
+    let what = if device == Device::Tpu { "TPU" } else { "GPU" };
+    if device == Device::Tpu && !has_device_files(Path::new("/dev")) && env::var_os("TPU_SKIP_MDS_QUERY").is_none() {
         // It would ask the metadata server about a TPU that this machine does not have, many times.
         command.env("TPU_SKIP_MDS_QUERY", "1");
     }
-    let what = format!("no TPU answers through {}", pjrt_plugin.display());
     run_limited(command, TIME_LIMIT).and_then(|text| Ok(serde_json::from_str(&text)?)).with_context(|| {
         format!(
-            "--device tpu: {what}; see 'torus check-env', free the TPU if another process uses it, or give --device cpu"
+            "--device {}: no {what} answers through {}; see 'torus check-env', free the {what} if another process uses it, or \
+             give --device cpu",
+            device.name(),
+            pjrt_plugin.display()
         )
     })
 }
@@ -122,26 +127,6 @@ fn joined(text: Text) -> String {
     text.and_then(|thread| thread.join().ok()).unwrap_or_default()
 }
 
-/// The library of the Python package `libtpu`, where it is installed: in the active environment, else for this user, else
-/// for the system.
-pub fn installed_libtpu() -> Option<PathBuf> {
-    let set = |name: &str| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    let environment = set("VIRTUAL_ENV").or_else(|| set("CONDA_PREFIX"));
-    let user = set("HOME").map(|home| home.join(".local"));
-    let prefixes = environment.into_iter().chain(user).chain(["/usr/local".into(), "/usr".into()]);
-    prefixes.into_iter().find_map(|prefix| libtpu_below(&prefix))
-}
-
-fn libtpu_below(prefix: &Path) -> Option<PathBuf> {
-    let entries = fs::read_dir(prefix.join("lib")).ok()?.flatten().map(|entry| entry.path());
-    let is_python = |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("python3"));
-    let mut folders: Vec<_> = entries.filter(is_python).collect();
-    folders.sort();
-    let packages =
-        folders.iter().rev().flat_map(|folder| ["site-packages", "dist-packages"].map(|name| folder.join(name)));
-    packages.map(|packages| packages.join("libtpu/libtpu.so")).find(|file| file.is_file())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -173,17 +158,5 @@ mod tests {
         assert!(!has_device_files(folder.path()));
         fs::write(folder.path().join("vfio/0"), "").unwrap();
         assert!(has_device_files(folder.path()));
-    }
-
-    #[test]
-    fn the_newest_python_has_the_package() {
-        let folder = tempfile::tempdir().unwrap();
-        assert_eq!(libtpu_below(folder.path()), None);
-        for python in ["python3.11/site-packages", "python3.12/dist-packages"] {
-            let package = folder.path().join("lib").join(python).join("libtpu");
-            fs::create_dir_all(&package).unwrap();
-            fs::write(package.join("libtpu.so"), "").unwrap();
-            assert_eq!(libtpu_below(folder.path()), Some(package.join("libtpu.so")));
-        }
     }
 }

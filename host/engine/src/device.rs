@@ -14,7 +14,7 @@ mod target;
 
 pub(crate) use null::NullDevice;
 pub(crate) use target::Target;
-pub use target::{Device, compile_options};
+pub use target::{Device, client_options, compile_options};
 
 /// What steps run on.
 pub(crate) enum StepDevice {

@@ -48,7 +48,7 @@ pub use blueprint::{Blueprint, StepKind};
 pub use budget::{MemoryBudget, Shortage};
 pub use compile::{AheadCompiler, AheadProgram, CompileError, Compiled, CompiledAhead};
 pub use config::{EngineConfig, KvCacheDtype, NullConfig};
-pub use device::{Device, compile_options};
+pub use device::{Device, client_options, compile_options};
 pub use handle::EngineHandle;
 pub use kernels::register_kernels;
 pub use kv_scales::check as check_kv_scales;

@@ -73,8 +73,8 @@ pub struct DeviceArgs {
     /// What computes
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     pub device: Device,
-    /// Library that drives the device [default: for a TPU $TPU_LIBRARY_PATH, else that of the installed Python package libtpu;
-    /// else the one in the cache folder]
+    /// Library that drives the device [default: for a TPU $TPU_LIBRARY_PATH, else that of the installed Python package libtpu,
+    /// for a GPU that of jax-cuda13-pjrt or jax-cuda12-pjrt; else the one in the cache folder]
     #[arg(long, value_name = "FILE", env = "TORUS_PJRT_PLUGIN", hide_env_values = true)]
     pub pjrt_plugin: Option<PathBuf>,
     /// Folder for compiled programs, PJRT plugins and copies of plugins [default: 'torus' in the user's cache folder]
@@ -85,7 +85,7 @@ pub struct DeviceArgs {
     #[arg(long, value_name = "GIB", default_value = "1", value_parser = gib_or_off)]
     pub weight_cache_from: WeightCacheFrom,
     /// Flags for the compiler of the device, such as '--xla_dump_to=FOLDER'; they follow those of $XLA_FLAGS, for a TPU of
-    /// $LIBTPU_INIT_ARGS
+    /// $LIBTPU_INIT_ARGS, which for a GPU follow Torus's own (loops in CUDA graphs, a cache of the autotuner)
     #[arg(long, value_name = "FLAGS", allow_hyphen_values = true)]
     pub xla_flags: Option<String>,
     /// How programs are compiled: for the fastest steps, or for an early start. 'fast' runs layers in loops, so that a program

@@ -2,7 +2,7 @@
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 
-use super::{Device, Dtype, EngineArgs};
+use super::{Dtype, EngineArgs};
 
 /// An option that was given and cannot be served.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -43,12 +43,6 @@ pub fn check(args: &EngineArgs) -> Result<(), Refused> {
     }
     if args.model.dtype == Dtype::Float16 {
         refused("--dtype float16", "this dtype is not supported yet; give bfloat16, float32 or auto")?;
-    }
-    if args.device.device == Device::Cuda && args.device.pjrt_plugin.is_none() {
-        refused(
-            "--device cuda",
-            "not supported yet without a library that drives the GPU: give it with --pjrt-plugin",
-        )?;
     }
     Ok(())
 }
@@ -290,7 +284,7 @@ mod tests {
         };
         assert_eq!(check("--tp=4 --xla-flags --xla_a=1 --compile-mode fast"), None);
         assert_eq!(check("--tp-size 1 --nnodes=1 --node-rank 0 --dtype bfloat16 --device tpu"), None);
-        assert_eq!(check("--device cuda --pjrt-plugin x.so"), None);
+        assert_eq!(check("--device cuda"), None);
         let cases = [
             ("--nnodes 2", "--nnodes"),
             ("--node-rank 1", "--node-rank"),
@@ -299,7 +293,6 @@ mod tests {
             ("--speculative-draft-model d", "--speculative-draft-model-path"),
             ("--speculative-num-steps=3", "--speculative-num-steps"),
             ("--dtype half", "--dtype float16"),
-            ("--device cuda", "--device cuda"),
         ];
         for (options, expected) in cases {
             assert_eq!(check(options).as_deref(), Some(expected), "{options}");

@@ -1,5 +1,7 @@
 //! Values that options take.
 
+use torus_engine::config::Platform;
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Device {
     Cpu,
@@ -13,6 +15,14 @@ impl Device {
             Device::Cpu => "cpu",
             Device::Tpu => "tpu",
             Device::Cuda => "cuda",
+        }
+    }
+
+    pub fn platform(self) -> Platform {
+        match self {
+            Device::Cpu => Platform::Cpu,
+            Device::Tpu => Platform::Tpu,
+            Device::Cuda => Platform::Cuda,
         }
     }
 }

@@ -8,8 +8,8 @@ use std::{
 
 use torus_abi::{DType, TensorType, model::Parallel};
 use torus_pjrt::{
-    Buffer, Client, CompileOptions, Device as PjrtDevice, ElementType, OptionValue, OverrideValue, PjrtError,
-    Plugin as PjrtPlugin,
+    Buffer, Client, ClientOptions, CompileOptions, Device as PjrtDevice, ElementType, OptionValue, OverrideValue,
+    PjrtError, Plugin as PjrtPlugin,
 };
 
 use super::hash::file_hash;
@@ -62,11 +62,8 @@ impl Device {
         }
         let plugin = PjrtPlugin::load(&self.0.config.pjrt_plugin)?;
         let count = self.parallel().tensor as usize;
-        let options = match self.platform() {
-            Platform::Cpu => vec![("cpu_device_count".to_owned(), OptionValue::Int(count as i64))],
-            Platform::Tpu | Platform::Cuda => Vec::new(),
-        };
-        let client = Client::new(&plugin, &options)?;
+        let client = Client::new(&plugin, &client_options(self.platform(), count))
+            .map_err(|error| no_client(&self.0.config, error))?;
         let mut devices = client.devices()?;
         devices.retain(PjrtDevice::is_addressable);
         if devices.len() < count {
@@ -163,6 +160,33 @@ impl Target {
         let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
         self.upload(&bytes, &TensorType::new(dtype, dims), device)
     }
+}
+
+/// Share of a GPU's memory that XLA's allocator takes at once: its default leaves a quarter to others, and what is not its
+/// own holds the machine code and the workspaces of CUDA's libraries.
+const CUDA_MEMORY_FRACTION: f32 = 0.9;
+
+/// How a client is made of which an engine uses so many devices.
+pub fn client_options(platform: Platform, devices: usize) -> ClientOptions {
+    let option = |name: &str, value| vec![(name.to_owned(), value)];
+    match platform {
+        Platform::Cpu => option("cpu_device_count", OptionValue::Int(devices as i64)),
+        Platform::Tpu => Vec::new(),
+        Platform::Cuda => option("memory_fraction", OptionValue::Float(CUDA_MEMORY_FRACTION)),
+    }
+}
+
+/// The plugin loads where there is no GPU and no CUDA, and then only says that it finds no device.
+fn no_client(config: &DeviceConfig, error: PjrtError) -> StartError {
+    if config.platform != Platform::Cuda {
+        return error.into();
+    }
+    let message = format!(
+        "no GPU answers through {}: {error}; 'nvidia-smi' should show one, and the libraries of CUDA and cuDNN must be where \
+         the plugin looks: beside it in the Python packages it was installed with, or in a folder of LD_LIBRARY_PATH",
+        config.pjrt_plugin.display()
+    );
+    StartError::Config { field: "--device cuda", message }
 }
 
 /// How programs are compiled that run on the devices of these ids together, one shard on each.
