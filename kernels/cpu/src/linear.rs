@@ -38,6 +38,10 @@ use crate::{
 const FEW_ROWS: usize = 32;
 /// Tasks of each thread when there are few rows: whoever the system interrupts leaves the rest to others.
 const TASKS_PER_THREAD: usize = 4;
+/// Rows of a task when there are many, but for whole register tiles.
+const TASK_ROWS: usize = 132;
+/// The same where weights are widened, once for each task.
+const WIDENED_TASK_ROWS: usize = 512;
 /// Groups of a tile at most: 24 rows of 128 columns are 12 KiB.
 const TILE_GROUPS: usize = 8;
 /// Bytes of weights that a task keeps in the second-level cache.
@@ -143,7 +147,8 @@ pub fn product<F: Fn(&mut Finished<'_>) + Sync>(x: &Prepared, w: &PackedMatrix<'
     assert_eq!(x.columns(), w.columns(), "columns of the activations and of the matrix");
     let bytes: usize = w.segments().iter().map(|segment| segment.bytes.len()).sum();
     let groups: usize = w.segments().iter().map(PackedSegment::groups).sum();
-    let cut = Cut::new(x.level(), x.rows(), groups, bytes.div_ceil(groups.max(1)));
+    let widened = w.segments().iter().any(|segment| is_widened(x.level(), segment.format, x.rows()));
+    let cut = Cut::new(x.level(), x.rows(), widened, groups, bytes.div_ceil(groups.max(1)));
     parallel_for(cut.tasks(), |task| {
         let (rows, part) = cut.task(task);
         let (begin, end) = (cut.begin(part, bytes), cut.begin(part + 1, bytes));
@@ -186,15 +191,6 @@ fn tile_rows(level: Level) -> usize {
     }
 }
 
-/// Rows of a task when there are many, but for whole register tiles.
-fn task_rows(level: Level) -> usize {
-    match level {
-        // Weights that are widened are so once for each task.
-        Level::Amx => 512,
-        _ => 132,
-    }
-}
-
 /// How a product is cut into tasks.
 struct Cut {
     rows: usize,
@@ -210,7 +206,7 @@ struct Cut {
 }
 
 impl Cut {
-    fn new(level: Level, rows: usize, groups: usize, group_bytes: usize) -> Self {
+    fn new(level: Level, rows: usize, widened: bool, groups: usize, group_bytes: usize) -> Self {
         let tile_rows = tile_rows(level);
         let block = (BLOCK_BYTES / group_bytes.max(1) / 2 * 2).clamp(2, TILE_GROUPS);
         if rows <= FEW_ROWS {
@@ -223,7 +219,7 @@ impl Cut {
                 block,
             };
         }
-        let row_chunks = rows.div_ceil(task_rows(level));
+        let row_chunks = rows.div_ceil(if widened { WIDENED_TASK_ROWS } else { TASK_ROWS });
         // Some tasks for each thread, so that none waits long for another at the end.
         let wanted = (threads() * 4).div_ceil(row_chunks).min(groups.div_ceil(2));
         Self { rows, tile_rows, row_chunks, parts: wanted.max(groups.div_ceil(block)), unit: 2, block }

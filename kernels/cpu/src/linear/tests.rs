@@ -217,8 +217,8 @@ fn rms(row: &[f32], norm: &[f32], eps: f32) -> Vec<f32> {
 fn tasks_cover_every_element_once_however_many_there_are() {
     let rows = [1, 32, 33, 132, 133, 512, 1000];
     for (level, rows) in Level::ALL.into_iter().flat_map(|level| rows.map(|rows| (level, rows))) {
-        for groups in [1, 2, 5, 36, 97] {
-            let cut = Cut::new(level, rows, groups, 18 << 10);
+        for (groups, widened) in [1, 2, 5, 36, 97].into_iter().flat_map(|groups| [(groups, false), (groups, true)]) {
+            let cut = Cut::new(level, rows, widened, groups, 18 << 10);
             let mut seen = vec![0; rows * cut.parts];
             for task in 0..cut.tasks() {
                 let (rows, part) = cut.task(task);
