@@ -21,6 +21,9 @@ use crate::{
 /// XLA's CPU client has `cpu_device_count` (int; four devices without it) and `asynchronous` (bool; whether programs run
 /// on its own threads, which is the default, or in the thread that executes them). Its thread pool is bounded by the
 /// environment variable `PJRT_NPROC`, read when the client is created.
+///
+/// XLA's GPU client has `memory_fraction` (float; of the GPU's memory, 0.75 without), `preallocate` (bool; true without),
+/// `allocator` (text) and `visible_devices` (ints).
 pub type ClientOptions = Vec<(String, OptionValue)>;
 
 /// A connection to the devices of a plugin. Cloning gives another handle of the same client.

@@ -108,8 +108,8 @@ pub struct DeviceArgs {
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Memory and scheduling")]
 pub struct ScheduleArgs {
-    /// Share of the device's memory for weights and KV [default: on a CPU, KV takes the smaller of 4 GiB and a quarter
-    /// of what is left]
+    /// Share of the device's memory (of a GPU's, of nine tenths of it) for weights and KV [default: 0.88; on a CPU, KV takes
+    /// the smaller of 4 GiB and a quarter of what is left]
     #[arg(long, value_name = "0..1", value_parser = fraction)]
     pub mem_fraction_static: Option<f64>,
     /// Tokens whose KV is kept at most [default: as memory allows]
@@ -137,7 +137,7 @@ pub struct ScheduleArgs {
     /// Accepted and always on: a step computes prompts and running requests together
     #[arg(long)]
     pub enable_mixed_chunk: bool,
-    /// Tokens in a page of KV [default: 16 on a CPU, 128 on a TPU]
+    /// Tokens in a page of KV [default: 16 on a CPU, else 128]
     #[arg(long, value_name = "TOKENS", value_parser = positive)]
     pub page_size: Option<usize>,
     /// Which waiting request goes first
