@@ -202,8 +202,7 @@ fn cpu_plugin(cache: &CacheDir, given: Option<&Path>) -> Fact {
     }
 }
 
-/// The library, and whether a TPU answers through it; a child process asks.
-/// The library that drives such devices, and what it finds.
+/// The library that drives such devices, and which of them answer through it; a child process asks.
 fn accelerator(cache: &CacheDir, device: Device, what: &str, library: &str) -> Vec<Fact> {
     let path = match cache.pjrt_plugin(device, None) {
         Ok(path) => path,
