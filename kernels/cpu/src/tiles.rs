@@ -1,6 +1,6 @@
 //! The matrix unit of x86-64 processors (AMX): eight tile registers of at most 16 rows of 64 bytes, and products of two
 //! of them that are added to a third. Only those of bf16 are used: with bytes, the vectors that scale each block's sums take
-//! as long as vectors that multiply them too (measured on Sapphire Rapids).
+//! as long as vectors that multiply them too (measured on Sapphire Rapids). So quantized weights are widened for many rows.
 //!
 //! The compiler knows nothing of the registers. [`configured`] sets their shapes for the calls in its body, and gives them
 //! back; the functions here are only for such a body. Source: Intel's Architecture Instruction Set Extensions Programming
