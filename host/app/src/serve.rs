@@ -228,7 +228,7 @@ fn curl(address: SocketAddr, model: &str, has_chat: bool, has_key: bool) -> Stri
     };
     let url = SocketAddr::new(ip, address.port());
     let (path, body) = if has_chat {
-        let messages = json!([{"role": "user", "content": "What is the capital of France?"}]);
+        let messages = json!([{"role": "user", "content": "Why is the sky blue?"}]);
         ("chat/completions", json!({"model": model, "messages": messages}))
     } else {
         ("completions", json!({"model": model, "prompt": "The capital of France is", "max_tokens": 16}))
@@ -249,7 +249,7 @@ mod tests {
         assert_eq!(
             curl(address, "it's", true, false),
             "curl http://127.0.0.1:30000/v1/chat/completions -H 'Content-Type: application/json' -d \
-             '{\"model\":\"it'\\''s\",\"messages\":[{\"role\":\"user\",\"content\":\"What is the capital of France?\"}]}'"
+             '{\"model\":\"it'\\''s\",\"messages\":[{\"role\":\"user\",\"content\":\"Why is the sky blue?\"}]}'"
         );
         let keyed = curl("[::]:1".parse().unwrap(), "m", false, true);
         assert!(keyed.starts_with("curl http://[::1]:1/v1/completions "), "{keyed}");
