@@ -23,8 +23,8 @@ use torus_abi::kernel::{parallel_for, threads};
 
 pub use gated::{gated_mlp, gated_mlp_fits};
 pub use tile::{Finished, Tile};
-use widened::Groups;
 pub(crate) use widened::is_widened;
+use widened::{Groups, any_is_widened};
 
 use crate::{
     activations::{Element, Prepared, rms_norm},
@@ -147,8 +147,7 @@ pub fn product<F: Fn(&mut Finished<'_>) + Sync>(x: &Prepared, w: &PackedMatrix<'
     assert_eq!(x.columns(), w.columns(), "columns of the activations and of the matrix");
     let bytes: usize = w.segments().iter().map(|segment| segment.bytes.len()).sum();
     let groups: usize = w.segments().iter().map(PackedSegment::groups).sum();
-    let widened = w.segments().iter().any(|segment| is_widened(x.level(), segment.format, x.rows()));
-    let cut = Cut::new(x.level(), x.rows(), widened, groups, bytes.div_ceil(groups.max(1)));
+    let cut = Cut::new(x.level(), x.rows(), any_is_widened(x, w.segments()), groups, bytes.div_ceil(groups.max(1)));
     parallel_for(cut.tasks(), |task| {
         let (rows, part) = cut.task(task);
         let (begin, end) = (cut.begin(part, bytes), cut.begin(part + 1, bytes));

@@ -3,7 +3,7 @@
 use torus_abi::{fragment::Activation, kernel::parallel_for};
 
 use super::{
-    Cut, Epilogue, Norm, Tile, blocks, is_widened, linear_normed, linear_prepared, weights_product, widened::Groups,
+    Cut, Epilogue, Norm, Tile, any_is_widened, blocks, linear_normed, linear_prepared, weights_product, widened::Groups,
 };
 use crate::{
     activations::{Element, Forms, Prepared, for_levels},
@@ -59,7 +59,7 @@ fn inner(x: &Prepared, gate_up: &PackedMatrix<'_>, forms: Forms, activation: Act
     let inner = Prepared::new(x.level(), forms, x.rows(), gate.rows);
     // Pairs of groups, since quantized blocks take so many columns.
     let (groups, pairs) = (gate.groups(), gate.groups().div_ceil(2));
-    let widened = [&gate, &up].into_iter().any(|segment| is_widened(x.level(), segment.format, x.rows()));
+    let widened = any_is_widened(x, &[gate, up]);
     let cut = Cut::new(x.level(), x.rows(), widened, groups, gate.group_bytes() + up.group_bytes());
     parallel_for(cut.tasks(), |task| {
         let (rows, part) = cut.task(task);

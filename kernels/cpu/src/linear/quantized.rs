@@ -161,6 +161,24 @@ pub(super) fn widen(level: Level, format: Format, group: &[u8], out: &mut [u8]) 
     }
 }
 
+/// Calls a function whose constant is the format.
+#[cfg(target_arch = "x86_64")]
+macro_rules! for_format {
+    ($format:ident, $function:ident, $arguments:tt) => {
+        match $format {
+            Format::Q8 => $function::<Q8> $arguments,
+            Format::Q4 => $function::<Q4> $arguments,
+            Format::Q4Min => $function::<Q4_MIN> $arguments,
+            Format::Q5 => $function::<Q5> $arguments,
+            Format::Q5Min => $function::<Q5_MIN> $arguments,
+            Format::Q6 => $function::<Q6> $arguments,
+            _ => unreachable!("a quantized format"),
+        }
+    };
+}
+#[cfg(target_arch = "x86_64")]
+use for_format;
+
 /// Calls a kernel, `rows_of`, with constants for the format and for how many rows it takes at once: all rows, in tiles of
 /// about the same height, of so many rows at most. With each tile, the kernel fetches some lines of the next group's: so
 /// much is computed with each that the processor, which by itself looks little ahead, would do one after the other, wait
@@ -188,17 +206,7 @@ macro_rules! run_rows {
             }
         }
         // SAFETY: as the caller says.
-        unsafe {
-            match $format {
-                Format::Q8 => all::<Q8>($panel, $rows),
-                Format::Q4 => all::<Q4>($panel, $rows),
-                Format::Q4Min => all::<Q4_MIN>($panel, $rows),
-                Format::Q5 => all::<Q5>($panel, $rows),
-                Format::Q5Min => all::<Q5_MIN>($panel, $rows),
-                Format::Q6 => all::<Q6>($panel, $rows),
-                _ => unreachable!("a quantized format"),
-            }
-        }
+        unsafe { for_format!($format, all, ($panel, $rows)) }
     }};
 }
 #[cfg(target_arch = "x86_64")]

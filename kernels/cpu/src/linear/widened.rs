@@ -22,6 +22,11 @@ pub(crate) fn is_widened(level: Level, format: Format, rows: usize) -> bool {
     level == Level::Amx && format.is_quantized() && rows >= ROWS
 }
 
+/// Whether some of these segments are, for these activations.
+pub(super) fn any_is_widened(x: &Prepared, segments: &[PackedSegment<'_>]) -> bool {
+    segments.iter().any(|segment| is_widened(x.level(), segment.format, x.rows()))
+}
+
 /// Some groups of a segment, as they are multiplied.
 pub(super) struct Groups<'a> {
     segment: PackedSegment<'a>,

@@ -13,7 +13,9 @@
 
 use std::{arch::x86_64::*, ops::Range};
 
-use super::{Panel, Q4, Q4_MIN, Q5, Q5_MIN, Q6, Q8, fetched_lines, first_sum, format_of, has_minimum, run_rows};
+use super::{
+    Panel, Q4, Q4_MIN, Q5, Q5_MIN, Q6, Q8, fetched_lines, first_sum, for_format, format_of, has_minimum, run_rows,
+};
 use crate::{
     activations::SUMS,
     packed::{BLOCK, Format, quantized::scales_at},

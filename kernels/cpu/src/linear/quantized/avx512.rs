@@ -2,7 +2,9 @@
 
 use std::{arch::x86_64::*, ops::Range};
 
-use super::{Panel, Q4, Q4_MIN, Q5, Q5_MIN, Q6, Q8, fetched_lines, first_sum, format_of, has_minimum, run_rows};
+use super::{
+    Panel, Q4, Q4_MIN, Q5, Q5_MIN, Q6, Q8, fetched_lines, first_sum, for_format, format_of, has_minimum, run_rows,
+};
 use crate::{
     activations::SUMS,
     packed::{
@@ -85,7 +87,8 @@ macro_rules! unrolled {
     )*};
 }
 
-/// With each tile, lines `fetched` of the next group's are fetched.
+/// With the first tile, all lines of the next group's are fetched, if `fetched` has any: a loop over some of them would take
+/// registers that addresses need.
 ///
 /// # Safety
 /// The level is available, and the panel has `R` rows.
@@ -150,17 +153,7 @@ unsafe fn rows_of<const F: u32, const R: usize>(panel: Panel, fetched: Range<usi
 /// The level is available; the group is `blocks` tiles, and `out` has room for as many of bf16.
 pub(super) unsafe fn widen(format: Format, group: *const u8, blocks: usize, out: *mut u8) {
     // SAFETY: as the caller says.
-    unsafe {
-        match format {
-            Format::Q8 => widen_all::<Q8>(group, blocks, out),
-            Format::Q4 => widen_all::<Q4>(group, blocks, out),
-            Format::Q4Min => widen_all::<Q4_MIN>(group, blocks, out),
-            Format::Q5 => widen_all::<Q5>(group, blocks, out),
-            Format::Q5Min => widen_all::<Q5_MIN>(group, blocks, out),
-            Format::Q6 => widen_all::<Q6>(group, blocks, out),
-            _ => unreachable!("a quantized format"),
-        }
-    }
+    unsafe { for_format!(format, widen_all, (group, blocks, out)) }
 }
 
 /// # Safety
