@@ -34,8 +34,8 @@ pub struct Forms {
     pub f32: bool,
     pub bf16: bool,
     pub quantized: bool,
-    /// Quantized so that neighbours' magnitudes add up to 127 at most: see `linear::quantized::avx2`.
-    pub pairs: bool,
+    /// Quantized so that some add up to little: see [`quantized::QuantizedRows`].
+    pub bounded: bool,
 }
 
 impl Forms {
@@ -47,7 +47,7 @@ impl Forms {
             match if widened { Format::Bf16 } else { segment.format } {
                 format if format.is_quantized() => {
                     forms.quantized = true;
-                    forms.pairs |= format == Format::Q8 && level == Level::Avx2;
+                    forms.bounded |= format == Format::Q8 && level == Level::Avx2;
                 }
                 Format::Bf16 if level >= Level::Avx512 => forms.bf16 = true,
                 _ => forms.f32 = true,
@@ -97,7 +97,7 @@ impl Prepared {
             in_panels,
             f32,
             bf16: Buffer::take(len(forms.bf16)),
-            quantized: QuantizedRows::new(quantized.0, quantized.1, forms.pairs),
+            quantized: QuantizedRows::new(quantized.0, quantized.1, forms.bounded),
         }
     }
 

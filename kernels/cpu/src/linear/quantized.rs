@@ -57,9 +57,9 @@ mod constants {
     pub const fn first_sum(format: u32) -> Option<usize> {
         match format {
             Q8 => Some(0),
-            Q4 => Some(4),
-            Q5 => Some(5),
-            Q6 => Some(6),
+            Q4 => Some(2),
+            Q5 => Some(3),
+            Q6 => Some(4),
             _ => None,
         }
     }

@@ -5,11 +5,10 @@
 //!   a block (of Q6, whose scales are for half of it, 8), and the sum, less the offset times the activations, is within
 //!   `16 * 16 * 127` (`8 * 32 * 127`). It begins with the offset's part, and wraps on the way at most. Q5Min is computed
 //!   around 16 like Q5, which its minimum makes up for.
-//! - Q8: weights as they are stored, with 128 added, times activations of which two neighbours' magnitudes are at most 127
-//!   together: two products are within `255 * 127`. Twice two, less the offset times their activations, are within
-//!   `2 * 128 * 127`, and wrap on the way at most; they are added up in 32 bits, which takes a multiplication for each sum.
-//!   (With activations that may be 127 each, weights would have to give their signs to the activations, which takes two
-//!   more operations for each product, in the same units: half as much time again.)
+//! - Q8: weights as they are stored, with 128 added, times activations whose magnitudes are at most 127 in two neighbours
+//!   together, and 255 in the eight that belong to a lane's sum of half a block: two products are within `255 * 127`, the
+//!   sum, less the offset, within `128 * 255`. (With activations that may be 127 each, weights would have to give their
+//!   signs to the activations, and each two products be added up in 32 bits: twice as many operations.)
 
 use std::{arch::x86_64::*, ops::Range};
 
@@ -22,8 +21,8 @@ use crate::{
     shared::LINE,
 };
 
-/// Rows whose sums stay in registers with two registers of weights and one of activations; with Q8, with most of four of
-/// weights.
+/// Rows whose sums stay in registers with two registers of weights and one of activations; with Q8, whose sums of the first
+/// half of a block are kept besides, in memory.
 const ROWS: usize = 6;
 const Q8_ROWS: usize = 4;
 
@@ -45,6 +44,9 @@ unsafe fn unpack<const F: u32, const J: usize>(tile: *const u8) -> __m256i {
     // SAFETY: as the caller says.
     unsafe {
         let load = |register: usize| _mm256_loadu_si256(tile.add(register * 64).cast());
+        if F == Q8 {
+            return load(J);
+        }
         let fours = load(J % 4);
         let fours = if J < 4 { fours } else { _mm256_srli_epi16::<4>(fours) };
         let low = _mm256_and_si256(fours, _mm256_set1_epi8(15));
@@ -98,43 +100,6 @@ unsafe fn step<const F: u32, const R: usize, const J: usize>(
             for half in 0..2 {
                 let pairs = _mm256_maddubs_epi16(w[half], x);
                 sums[half] = held(_mm256_add_epi16(sums[half], pairs));
-            }
-        }
-    }
-}
-
-/// Adds the products of registers `2 * J` and `2 * J + 1` of Q8 to the sums of all rows. Operations of a kind come in twos,
-/// for which there are two units: in another order it takes up to a tenth longer.
-///
-/// # Safety
-/// As above; the offset's parts of the rows' blocks are `sums_stride` words apart.
-#[inline(always)]
-unsafe fn double_step<const R: usize, const J: usize>(
-    tile: *const u8,
-    (x, stride): (*const i8, usize),
-    (offset_sums, sums_stride): (*const i32, usize),
-    sums: &mut [Halves<__m256i>; R],
-) {
-    // SAFETY: as the caller says.
-    unsafe {
-        let load = |part: usize| _mm256_loadu_si256(tile.add(J * 128 + part * 32).cast());
-        let w = [[load(0), load(1)], [load(2), load(3)]];
-        for (row, sums) in sums.iter_mut().enumerate() {
-            let fours = x.add(row * stride + J * 8).cast::<i32>();
-            let x = [_mm256_set1_epi32(fours.read_unaligned()), _mm256_set1_epi32(fours.add(1).read_unaligned())];
-            let offset = _mm256_set1_epi32(*offset_sums.add(row * sums_stride + J));
-            // Written out, for what closures hold may become a call for each.
-            let mut products = [held(_mm256_maddubs_epi16(w[0][0], x[0])), held(_mm256_maddubs_epi16(w[0][1], x[0]))];
-            let others = [held(_mm256_maddubs_epi16(w[1][0], x[1])), held(_mm256_maddubs_epi16(w[1][1], x[1]))];
-            for part in [[offset; 2], others] {
-                for half in 0..2 {
-                    products[half] = held(_mm256_add_epi16(products[half], part[half]));
-                }
-            }
-            let ones = _mm256_set1_epi16(1);
-            let dots = [held(_mm256_madd_epi16(products[0], ones)), held(_mm256_madd_epi16(products[1], ones))];
-            for half in 0..2 {
-                sums[half] = held(if J == 0 { dots[half] } else { _mm256_add_epi32(sums[half], dots[half]) });
             }
         }
     }
@@ -208,33 +173,34 @@ unsafe fn rows_of<const F: u32, const R: usize>(panel: Panel, fetched: Range<usi
                     None => [_mm256_setzero_si256(); 2],
                 })
             };
-            if F == Q8 {
-                let x = (x, stride);
-                let offsets = (panel.offset_sums.add(block * SUMS), blocks * SUMS);
-                let mut dots = [[_mm256_setzero_si256(); 2]; R];
-                double_step::<R, 0>(tile, x, offsets, &mut dots);
-                double_step::<R, 1>(tile, x, offsets, &mut dots);
-                double_step::<R, 2>(tile, x, offsets, &mut dots);
-                double_step::<R, 3>(tile, x, offsets, &mut dots);
-                scaled::<F, R>(&panel, block, &dots, scales(0), sums);
-                continue;
-            }
             let mut dots = begin(0);
-            let scale = scales(0);
-            if F == Q6 {
-                steps!(F, R, [0, 1, 2, 3], (tile, x, stride, &mut dots));
-                scaled::<F, R>(&panel, block, &dots, scale, sums);
-                let mut dots = begin(1);
-                steps!(F, R, [4, 5, 6, 7], (tile, x, stride, &mut dots));
-                scaled::<F, R>(&panel, block, &dots, scales(1), sums);
-            } else {
-                steps!(F, R, [0, 1, 2, 3, 4, 5, 6, 7], (tile, x, stride, &mut dots));
-                scaled::<F, R>(&panel, block, &dots, scale, sums);
+            steps!(F, R, [0, 1, 2, 3], (tile, x, stride, &mut dots));
+            match F {
+                Q6 => {
+                    scaled(&panel, block, lanes_sums(dots), scales(0), sums);
+                    dots = begin(1);
+                    steps!(F, R, [4, 5, 6, 7], (tile, x, stride, &mut dots));
+                    scaled(&panel, block, lanes_sums(dots), scales(1), sums);
+                }
+                Q8 => {
+                    let first = lanes_sums(dots);
+                    dots = begin(1);
+                    steps!(F, R, [4, 5, 6, 7], (tile, x, stride, &mut dots));
+                    let mut both = lanes_sums(dots);
+                    for (both, first) in both.iter_mut().flatten().zip(first.as_flattened()) {
+                        *both = _mm256_add_epi32(*both, *first);
+                    }
+                    scaled(&panel, block, both, scales(0), sums);
+                }
+                _ => {
+                    steps!(F, R, [4, 5, 6, 7], (tile, x, stride, &mut dots));
+                    scaled(&panel, block, lanes_sums(dots), scales(0), sums);
+                }
             }
             if has_minimum(F) {
                 let mut minimums = scales(1);
                 if F == Q5_MIN {
-                    let sixteen = _mm256_set1_ps(16.0);
+                    let (scale, sixteen) = (scales(0), _mm256_set1_ps(16.0));
                     for half in 0..2 {
                         minimums[half] = _mm256_fmadd_ps(scale[half], sixteen, minimums[half]);
                     }
@@ -256,15 +222,34 @@ unsafe fn rows_of<const F: u32, const R: usize>(panel: Panel, fetched: Range<usi
     }
 }
 
+/// Neighbours of 16 bits, added up in 32.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn lanes_sums<const R: usize>(dots: [Halves<__m256i>; R]) -> [Halves<__m256i>; R] {
+    #[repr(align(32))]
+    struct Ones(#[expect(dead_code, reason = "read by the instruction")] [i16; 16]);
+    static ONES: Ones = Ones([1; 16]);
+    let mut sums = dots;
+    for sums in sums.as_flattened_mut() {
+        // The compiler would fetch the ones anew for each, for which it has no register, in an instruction of its own.
+        // SAFETY: 32 bytes are read from an aligned address.
+        unsafe {
+            std::arch::asm!("vpmaddwd {0}, {0}, [rip + {1}]", inout(ymm_reg) *sums, sym ONES,
+                options(readonly, nostack, preserves_flags));
+        }
+    }
+    sums
+}
+
 /// Adds the sums of products of a block, times the scales of both sides.
 ///
 /// # Safety
 /// That of [`rows_of`], whose blocks there are.
 #[inline(always)]
-unsafe fn scaled<const F: u32, const R: usize>(
+unsafe fn scaled<const R: usize>(
     panel: &Panel,
     block: usize,
-    dots: &[Halves<__m256i>; R],
+    dots: [Halves<__m256i>; R],
     scale: Halves<__m256>,
     sums: &mut [Halves<__m256>; R],
 ) {
@@ -273,8 +258,7 @@ unsafe fn scaled<const F: u32, const R: usize>(
         unsafe {
             let x_scale = _mm256_set1_ps(*panel.scales.add(row * panel.blocks + block));
             for half in 0..2 {
-                let dot = if F == Q8 { dots[half] } else { _mm256_madd_epi16(dots[half], _mm256_set1_epi16(1)) };
-                let product = _mm256_mul_ps(_mm256_cvtepi32_ps(dot), scale[half]);
+                let product = _mm256_mul_ps(_mm256_cvtepi32_ps(dots[half]), scale[half]);
                 sums[half] = _mm256_fmadd_ps(product, x_scale, sums[half]);
             }
         }
