@@ -51,7 +51,8 @@ pub fn embed(result: DType) -> String {
 }
 
 /// The target of `(x [rows, in], matrix, bias f32 [out]?, residual [rows, out]?) -> [rows, out]`; attributes
-/// `bias` and `residual` say which there are.
+/// `bias` and `residual` say which there are, and `clears` whether rows of padding become zeros, or hold anything: those of
+/// logits are many megabytes, and nobody reads them.
 pub fn linear(input: DType, result: DType) -> String {
     let names = if is_f32(input) { f32::LINEAR } else { Bf16::LINEAR };
     target(names[if is_f32(result) { f32::RESULT } else { Bf16::RESULT }])
@@ -231,7 +232,8 @@ impl<X: Activations, Y: Activations> Kernel for Linear<X, Y> {
             expect("the input's size", columns, weight.columns())?;
             expect("the result's size", y.dims::<2>()?[1], weight.rows())?;
             let rows = real_rows(call, 1, rows)?;
-            let y = cleared(Y::own_mut(&mut y), rows * weight.rows());
+            let (y, len) = (Y::own_mut(&mut y), rows * weight.rows());
+            let y = if call.attribute("clears")? { cleared(y, len) } else { &mut y[..len] };
             let residual = residual.as_deref().map(|residual| &Y::own(residual)[..y.len()]);
             apply_linear(&X::own(&x)[..rows * columns], &weight, Epilogue { bias: bias.as_deref(), residual }, y);
             Ok(())

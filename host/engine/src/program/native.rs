@@ -4,7 +4,7 @@
 use torus_abi::{
     DType,
     attention::{AttentionAnswer, AttentionQuery},
-    fragment::{Activation, Import, Operation, WeightOperand},
+    fragment::{Activation, Import, LinearRole, Operation, WeightOperand},
     model::AttentionSpec,
 };
 use torus_cpu::{attention, ffi};
@@ -29,11 +29,13 @@ pub(crate) struct Native<'a> {
 pub(crate) fn implement(import: &Import, native: &Native<'_>) -> Result<Option<Implementation>, LinkError> {
     let call = match &import.operation {
         Operation::Embed { weight, result } if is_packed(weight) => call(import, ffi::embed(*result)),
-        Operation::Linear { weight, bias, residual, result, .. } if is_packed(weight) => {
+        Operation::Linear { weight, role, bias, residual, result } if is_packed(weight) => {
             let Some(input) = input_dtype(import) else { return Ok(None) };
             call(import, ffi::linear(input, *result))
                 .with("bias", Attribute::Bool(bias.is_some()))
                 .with("residual", Attribute::Bool(*residual))
+                // What samples natively knows which rows of logits are real.
+                .with("clears", Attribute::Bool(*role != LinearRole::Head))
         }
         Operation::GatedMlp { gate_up, down, activation, norm_eps, post_norm, .. }
             if gate_up.storage == PACKED_HALVES && is_packed(down) =>
