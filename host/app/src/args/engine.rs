@@ -82,7 +82,7 @@ pub struct DeviceArgs {
     pub cache_dir: Option<PathBuf>,
     /// GiB of weights from which on a model's matrices, packed for the CPU's kernels, are kept in the cache folder and mapped
     /// at the next start; 'off' keeps none
-    #[arg(long, value_name = "GIB", default_value = "1", value_parser = gib_or_off)]
+    #[arg(long, value_name = "GIB", default_value = "0.1", value_parser = gib_or_off)]
     pub weight_cache_from: WeightCacheFrom,
     /// Flags for the compiler of the device, such as '--xla_dump_to=FOLDER'; they follow those of $XLA_FLAGS, for a TPU of
     /// $LIBTPU_INIT_ARGS, which for a GPU follow Torus's own (loops in CUDA graphs, a cache of the autotuner)
