@@ -148,14 +148,14 @@ fn quantize_avx2<const BOUNDED: bool>(values: &[[f32; BLOCK]], blocks: &mut Bloc
         let quarters: [__m256; 4] = std::array::from_fn(|i| unsafe { _mm256_loadu_ps(values.as_ptr().add(i * 8)) });
         // As integers, magnitudes have the same order, and what is not finite is above all others.
         let magnitudes = quarters.map(|values| _mm256_and_si256(_mm256_castps_si256(values), magnitude));
-        let eight = |[a, b, c, d]: [__m256i; 4]| _mm256_max_epu32(_mm256_max_epu32(a, b), _mm256_max_epu32(c, d));
+        let highest = |[a, b, c, d]: [__m256i; 4]| _mm256_max_epu32(_mm256_max_epu32(a, b), _mm256_max_epu32(c, d));
         let eight = if BOUNDED {
             let twos = magnitudes.map(means);
             let eights = [means_of_means(twos[0], twos[1]), means_of_means(twos[2], twos[3])];
             let [first, second] = eights.map(|means| _mm256_castps_si256(means));
-            _mm256_max_epu32(eight(twos.map(|means| _mm256_castps_si256(means))), _mm256_max_epu32(first, second))
+            _mm256_max_epu32(highest(twos.map(|means| _mm256_castps_si256(means))), _mm256_max_epu32(first, second))
         } else {
-            eight(magnitudes)
+            highest(magnitudes)
         };
         let four = _mm_max_epu32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256::<1>(eight));
         let two = _mm_max_epu32(four, _mm_unpackhi_epi64(four, four));
