@@ -23,7 +23,7 @@ use crate::{
 /// Formats as constants that functions can be generic over.
 #[cfg(target_arch = "x86_64")]
 mod constants {
-    use crate::{packed::Format, shared::LINE};
+    use crate::packed::Format;
 
     pub const Q8: u32 = Format::Q8 as u32;
     pub const Q4: u32 = Format::Q4 as u32;
@@ -41,12 +41,6 @@ mod constants {
             Q5_MIN => Format::Q5Min,
             _ => Format::Q6,
         }
-    }
-
-    /// Lines of the next group's tile that are fetched with a tile. One row waits for memory all the time, which gives no
-    /// more to who asks earlier; many find the block in the cache.
-    pub fn fetched_lines(format: u32, rows: usize) -> usize {
-        if (2..=16).contains(&rows) { format_of(format).tile_bytes().div_ceil(LINE) } else { 0 }
     }
 
     pub const fn has_minimum(format: u32) -> bool {
@@ -178,36 +172,3 @@ macro_rules! for_format {
 }
 #[cfg(target_arch = "x86_64")]
 use for_format;
-
-/// Calls a kernel, `rows_of`, with constants for the format and for how many rows it takes at once: all rows, in tiles of
-/// about the same height, of so many rows at most. With each tile, the kernel fetches some lines of the next group's: so
-/// much is computed with each that the processor, which by itself looks little ahead, would do one after the other, wait
-/// and compute.
-#[cfg(target_arch = "x86_64")]
-macro_rules! run_rows {
-    ($format:ident, $panel:ident, $rows:ident, |$f:ident| $most:expr, [$($count:literal),*]) => {{
-        /// # Safety
-        /// That of `rows_of`.
-        unsafe fn all<const F: u32>(mut panel: Panel, rows: usize) {
-            let $f = F;
-            let tiles = rows.div_ceil($most);
-            for tile in 0..tiles {
-                let count = rows * (tile + 1) / tiles - rows * tile / tiles;
-                let lines = fetched_lines(F, rows);
-                let fetched = lines * tile / tiles..lines * (tile + 1) / tiles;
-                // SAFETY: as the caller says, and so many rows are left.
-                unsafe {
-                    match count {
-                        $( $count => rows_of::<F, $count>(panel, fetched), )*
-                        _ => unreachable!("a tile's rows"),
-                    }
-                    panel = panel.after(count);
-                }
-            }
-        }
-        // SAFETY: as the caller says.
-        unsafe { for_format!($format, all, ($panel, $rows)) }
-    }};
-}
-#[cfg(target_arch = "x86_64")]
-use run_rows;

@@ -10,11 +10,9 @@
 //!   sum, less the offset, within `128 * 255`. (With activations that may be 127 each, weights would have to give their
 //!   signs to the activations, and each two products be added up in 32 bits: twice as many operations.)
 
-use std::{arch::x86_64::*, ops::Range};
+use std::arch::x86_64::*;
 
-use super::{
-    Panel, Q4, Q4_MIN, Q5, Q5_MIN, Q6, Q8, fetched_lines, first_sum, for_format, format_of, has_minimum, run_rows,
-};
+use super::{Panel, Q4, Q4_MIN, Q5, Q5_MIN, Q6, Q8, first_sum, for_format, format_of, has_minimum};
 use crate::{
     activations::SUMS,
     packed::{BLOCK, Format, quantized::scales_at},
@@ -25,11 +23,51 @@ use crate::{
 /// half of a block are kept besides, in memory.
 const ROWS: usize = 6;
 const Q8_ROWS: usize = 4;
+/// Rows of a panel at most.
+const MOST_ROWS: usize = 24;
 
 /// # Safety
-/// The level is available, and the panel has so many rows.
+/// The level is available, and the panel has so many rows, at most [`MOST_ROWS`].
 pub(super) unsafe fn run(format: Format, panel: Panel, rows: usize) {
-    run_rows!(format, panel, rows, |f| if f == Q8 { Q8_ROWS } else { ROWS }, [1, 2, 3, 4, 5, 6]);
+    // SAFETY: as the caller says.
+    unsafe { for_format!(format, all, (panel, rows)) }
+}
+
+/// All rows, in register tiles of about the same height: first the higher ones, then those with a row less.
+///
+/// # Safety
+/// That of [`run`].
+unsafe fn all<const F: u32>(panel: Panel, rows: usize) {
+    assert!(rows <= MOST_ROWS, "a panel of {rows} rows");
+    let tiles = rows.div_ceil(if F == Q8 { Q8_ROWS } else { ROWS });
+    let (low, high) = (rows / tiles, rows % tiles);
+    let fetches = rows > 1;
+    // SAFETY: as the caller says, and these are all rows.
+    unsafe {
+        if high > 0 {
+            tiles_of::<F>(panel, low + 1, high, fetches);
+        }
+        tiles_of::<F>(panel.after(high * (low + 1)), low, tiles - high, fetches && high == 0);
+    }
+}
+
+/// [`rows_of`] with a constant for the rows of a tile.
+///
+/// # Safety
+/// That of [`rows_of`].
+unsafe fn tiles_of<const F: u32>(panel: Panel, rows: usize, tiles: usize, fetches: bool) {
+    // SAFETY: as the caller says.
+    unsafe {
+        match rows {
+            1 => rows_of::<F, 1>(panel, tiles, fetches),
+            2 => rows_of::<F, 2>(panel, tiles, fetches),
+            3 => rows_of::<F, 3>(panel, tiles, fetches),
+            4 => rows_of::<F, 4>(panel, tiles, fetches),
+            5 => rows_of::<F, 5>(panel, tiles, fetches),
+            6 => rows_of::<F, 6>(panel, tiles, fetches),
+            _ => unreachable!("a tile's rows"),
+        }
+    }
 }
 
 /// Both halves of a group.
@@ -115,24 +153,10 @@ fn held(mut sum: __m256i) -> __m256i {
     sum
 }
 
-/// Sums of which there are more than registers. What the compiler saves on the stack by itself may lie across two lines,
-/// as chance has it from thread to thread, and take half as long again.
+/// The sums of all rows of a pass, of which there are more than registers. What the compiler saves on the stack by itself may
+/// lie across two lines, as chance has it from thread to thread, and take half as long again.
 #[repr(align(64))]
-struct Sums<const R: usize>([Halves<__m256>; R]);
-
-impl<const R: usize> Sums<R> {
-    /// The sums: where a register tile has few rows, in registers, else in memory, for all that the compiler knows.
-    #[inline(always)]
-    fn held(&mut self) -> &mut [Halves<__m256>; R] {
-        let mut sums = &raw mut self.0;
-        if R > 2 {
-            // SAFETY: nothing is done.
-            unsafe { std::arch::asm!("/* {0} */", inout(reg) sums, options(nostack, preserves_flags)) };
-        }
-        // SAFETY: it points to what is borrowed here.
-        unsafe { &mut *sums }
-    }
-}
+struct Sums([Halves<__m256>; MOST_ROWS]);
 
 /// Calls [`step`] for some registers.
 macro_rules! steps {
@@ -141,83 +165,111 @@ macro_rules! steps {
     };
 }
 
-/// With each tile, lines `fetched` of the next group's are fetched.
+/// Weights this far ahead are fetched with each tile.
+const AHEAD_BYTES: usize = 8 << 10;
+
+/// Goes over the weights once, for `tiles` register tiles of `R` rows each: a weight tile stays in the nearest cache until all
+/// have used it.
 ///
 /// # Safety
-/// The level is available, and the panel has `R` rows.
+/// The level is available, and the panel has so many rows.
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn rows_of<const F: u32, const R: usize>(panel: Panel, fetched: Range<usize>) {
-    let (format, blocks) = (format_of(F), panel.blocks);
-    let stride = blocks * BLOCK;
-    let mut sums = Sums([[_mm256_setzero_ps(); 2]; R]);
-    let sums = sums.held();
-    for block in 0..blocks {
-        // SAFETY: the panel has tiles for all blocks, and `R` rows of them in the activations.
+unsafe fn rows_of<const F: u32, const R: usize>(panel: Panel, tiles: usize, fetches: bool) {
+    let tile_bytes = format_of(F).tile_bytes();
+    let mut sums = Sums([[_mm256_setzero_ps(); 2]; MOST_ROWS]);
+    let sums = &mut sums.0[..tiles * R];
+    for block in 0..panel.blocks {
+        // SAFETY: the panel has tiles for all blocks, and so many rows in the activations.
         unsafe {
-            let tile = panel.w.add(block * format.tile_bytes());
-            let x = panel.x.add(block * BLOCK);
-            for line in fetched.clone() {
-                _mm_prefetch::<_MM_HINT_T0>(tile.wrapping_add(blocks * format.tile_bytes() + line * LINE).cast());
-            }
-            let scales = |index: usize| -> Halves<__m256> {
-                let at = tile.add(scales_at(format) + index * 32);
-                [_mm256_cvtph_ps(_mm_loadu_si128(at.cast())), _mm256_cvtph_ps(_mm_loadu_si128(at.add(16).cast()))]
-            };
-            let begin = |part: usize| -> [Halves<__m256i>; R] {
-                let first = if F == Q5_MIN { first_sum(Q5) } else { first_sum(F) };
-                std::array::from_fn(|row| match first {
-                    Some(first) => {
-                        let sums = panel.offset_sums.add((row * blocks + block) * SUMS);
-                        [_mm256_set1_epi32(*sums.add(first + part)); 2]
-                    }
-                    None => [_mm256_setzero_si256(); 2],
-                })
-            };
-            let mut dots = begin(0);
-            steps!(F, R, [0, 1, 2, 3], (tile, x, stride, &mut dots));
-            match F {
-                Q6 => {
-                    scaled(&panel, block, lanes_sums(dots), scales(0), sums);
-                    dots = begin(1);
-                    steps!(F, R, [4, 5, 6, 7], (tile, x, stride, &mut dots));
-                    scaled(&panel, block, lanes_sums(dots), scales(1), sums);
-                }
-                Q8 => {
-                    let first = lanes_sums(dots);
-                    dots = begin(1);
-                    steps!(F, R, [4, 5, 6, 7], (tile, x, stride, &mut dots));
-                    let mut both = lanes_sums(dots);
-                    for (both, first) in both.iter_mut().flatten().zip(first.as_flattened()) {
-                        *both = _mm256_add_epi32(*both, *first);
-                    }
-                    scaled(&panel, block, both, scales(0), sums);
-                }
-                _ => {
-                    steps!(F, R, [4, 5, 6, 7], (tile, x, stride, &mut dots));
-                    scaled(&panel, block, lanes_sums(dots), scales(0), sums);
+            let tile = panel.w.add(block * tile_bytes);
+            if fetches {
+                for line in 0..tile_bytes.div_ceil(LINE) {
+                    _mm_prefetch::<_MM_HINT_T0>(tile.wrapping_add(AHEAD_BYTES + line * LINE).cast());
                 }
             }
-            if has_minimum(F) {
-                let mut minimums = scales(1);
-                if F == Q5_MIN {
-                    let (scale, sixteen) = (scales(0), _mm256_set1_ps(16.0));
-                    for half in 0..2 {
-                        minimums[half] = _mm256_fmadd_ps(scale[half], sixteen, minimums[half]);
-                    }
-                }
-                for (row, sums) in sums.iter_mut().enumerate() {
-                    let sum = _mm256_set1_ps(*panel.scaled_sums.add(row * blocks + block));
-                    for half in 0..2 {
-                        sums[half] = _mm256_fmadd_ps(minimums[half], sum, sums[half]);
-                    }
-                }
+            let mut rows = panel;
+            for sums in sums.as_chunks_mut::<R>().0 {
+                add_block::<F, R>(&rows, block, tile, sums);
+                rows = rows.after(R);
             }
         }
     }
     for (row, sums) in sums.iter().enumerate() {
         for (half, sum) in sums.iter().enumerate() {
-            // SAFETY: the output has `R` rows of 16.
+            // SAFETY: the output has so many rows of 16.
             unsafe { _mm256_storeu_ps(panel.out.add(row * panel.stride + half * 8), *sum) };
+        }
+    }
+}
+
+/// Adds the products of a block to the sums of the panel's first `R` rows.
+///
+/// # Safety
+/// The level is available, the panel has `R` rows and the block, whose weights are at `tile`.
+#[inline(always)]
+unsafe fn add_block<const F: u32, const R: usize>(
+    panel: &Panel,
+    block: usize,
+    tile: *const u8,
+    sums: &mut [Halves<__m256>; R],
+) {
+    let (format, blocks) = (format_of(F), panel.blocks);
+    let stride = blocks * BLOCK;
+    // SAFETY: as the caller says.
+    unsafe {
+        let x = panel.x.add(block * BLOCK);
+        let scales = |index: usize| -> Halves<__m256> {
+            let at = tile.add(scales_at(format) + index * 32);
+            [_mm256_cvtph_ps(_mm_loadu_si128(at.cast())), _mm256_cvtph_ps(_mm_loadu_si128(at.add(16).cast()))]
+        };
+        let begin = |part: usize| -> [Halves<__m256i>; R] {
+            let first = if F == Q5_MIN { first_sum(Q5) } else { first_sum(F) };
+            std::array::from_fn(|row| match first {
+                Some(first) => {
+                    let sums = panel.offset_sums.add((row * blocks + block) * SUMS);
+                    [_mm256_set1_epi32(*sums.add(first + part)); 2]
+                }
+                None => [_mm256_setzero_si256(); 2],
+            })
+        };
+        let mut dots = begin(0);
+        steps!(F, R, [0, 1, 2, 3], (tile, x, stride, &mut dots));
+        match F {
+            Q6 => {
+                scaled(panel, block, lanes_sums(dots), scales(0), sums);
+                dots = begin(1);
+                steps!(F, R, [4, 5, 6, 7], (tile, x, stride, &mut dots));
+                scaled(panel, block, lanes_sums(dots), scales(1), sums);
+            }
+            Q8 => {
+                let first = lanes_sums(dots);
+                dots = begin(1);
+                steps!(F, R, [4, 5, 6, 7], (tile, x, stride, &mut dots));
+                let mut both = lanes_sums(dots);
+                for (both, first) in both.iter_mut().flatten().zip(first.as_flattened()) {
+                    *both = _mm256_add_epi32(*both, *first);
+                }
+                scaled(panel, block, both, scales(0), sums);
+            }
+            _ => {
+                steps!(F, R, [4, 5, 6, 7], (tile, x, stride, &mut dots));
+                scaled(panel, block, lanes_sums(dots), scales(0), sums);
+            }
+        }
+        if has_minimum(F) {
+            let mut minimums = scales(1);
+            if F == Q5_MIN {
+                let (scale, sixteen) = (scales(0), _mm256_set1_ps(16.0));
+                for half in 0..2 {
+                    minimums[half] = _mm256_fmadd_ps(scale[half], sixteen, minimums[half]);
+                }
+            }
+            for (row, sums) in sums.iter_mut().enumerate() {
+                let sum = _mm256_set1_ps(*panel.scaled_sums.add(row * blocks + block));
+                for half in 0..2 {
+                    sums[half] = _mm256_fmadd_ps(minimums[half], sum, sums[half]);
+                }
+            }
         }
     }
 }

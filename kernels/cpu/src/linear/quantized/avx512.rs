@@ -1,10 +1,8 @@
 //! Four products of bytes for each of 16 rows of weights in one instruction.
 
-use std::{arch::x86_64::*, ops::Range};
+use std::{arch::x86_64::*, ops::RangeInclusive};
 
-use super::{
-    Panel, Q4, Q4_MIN, Q5, Q5_MIN, Q6, Q8, fetched_lines, first_sum, for_format, format_of, has_minimum, run_rows,
-};
+use super::{Panel, Q4, Q4_MIN, Q5, Q5_MIN, Q6, Q8, first_sum, for_format, format_of, has_minimum};
 use crate::{
     activations::SUMS,
     packed::{
@@ -17,10 +15,49 @@ use crate::{
 /// Rows whose sums stay in registers with a block's weights.
 const ROWS: usize = 12;
 
+/// So many rows wait for the next group's tiles unless these are fetched: so much is computed with each tile that the
+/// processor, which by itself looks little ahead, would do one after the other, wait and compute. One row waits for memory
+/// all the time, which gives no more to who asks earlier; more rows find the group in the cache.
+const FETCHING_ROWS: RangeInclusive<usize> = 2..=16;
+
 /// # Safety
 /// The level is available, and the panel has so many rows.
 pub(super) unsafe fn run(format: Format, panel: Panel, rows: usize) {
-    run_rows!(format, panel, rows, |_f| ROWS, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]);
+    // SAFETY: as the caller says.
+    unsafe { for_format!(format, all, (panel, rows)) }
+}
+
+/// All rows, in register tiles of about the same height.
+///
+/// # Safety
+/// That of [`run`].
+unsafe fn all<const F: u32>(mut panel: Panel, rows: usize) {
+    let tiles = rows.div_ceil(ROWS);
+    for tile in 0..tiles {
+        let count = rows * (tile + 1) / tiles - rows * tile / tiles;
+        // SAFETY: as the caller says, and so many rows are left.
+        unsafe {
+            tile_of::<F>(panel, count, tile == 0 && FETCHING_ROWS.contains(&rows));
+            panel = panel.after(count);
+        }
+    }
+}
+
+/// [`rows_of`] with a constant for the rows.
+///
+/// # Safety
+/// That of [`rows_of`].
+unsafe fn tile_of<const F: u32>(panel: Panel, rows: usize, fetches: bool) {
+    macro_rules! dispatch {
+        ($($count:literal)*) => {
+            match rows {
+                // SAFETY: as the caller says.
+                $( $count => unsafe { rows_of::<F, $count>(panel, fetches) }, )*
+                _ => unreachable!("a tile's rows"),
+            }
+        };
+    }
+    dispatch!(1 2 3 4 5 6 7 8 9 10 11 12);
 }
 
 /// The registers of a tile, an element in each byte.
@@ -87,15 +124,13 @@ macro_rules! unrolled {
     )*};
 }
 
-/// With the first tile, all lines of the next group's are fetched, if `fetched` has any: a loop over some of them would take
-/// registers that addresses need.
+/// With each of its weight tiles, it fetches the next group's.
 ///
 /// # Safety
 /// The level is available, and the panel has `R` rows.
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-unsafe fn rows_of<const F: u32, const R: usize>(panel: Panel, fetched: Range<usize>) {
+unsafe fn rows_of<const F: u32, const R: usize>(panel: Panel, fetches: bool) {
     let (format, blocks) = (format_of(F), panel.blocks);
-    let fetches = fetched.start == 0 && fetched.end > 0;
     let mut sums = [_mm512_setzero_ps(); R];
     for block in 0..blocks {
         // SAFETY: the panel has tiles for all blocks, and `R` rows of them in the activations.
