@@ -15,7 +15,7 @@ use std::arch::x86_64::*;
 use super::{Panel, Q4, Q4_MIN, Q5, Q5_MIN, Q6, Q8, first_sum, for_format, format_of, has_minimum};
 use crate::{
     activations::SUMS,
-    packed::{BLOCK, Format, quantized::scales_at},
+    packed::{BLOCK, Format, GROUP, quantized::scales_at},
     shared::LINE,
 };
 
@@ -122,7 +122,7 @@ unsafe fn unpack<const F: u32, const J: usize>(tile: *const u8) -> __m256i {
 /// Adds the products of register `J` to the sums of all rows.
 ///
 /// # Safety
-/// A tile is at `tile`, a block of `R` rows, `stride` bytes apart, at `x`, and the level is available.
+/// A tile, or its [unpacked](is_unpacked) elements, is at `tile`, a block of `R` rows, `stride` bytes apart, at `x`, and the level is available.
 #[inline(always)]
 unsafe fn step<const F: u32, const R: usize, const J: usize>(
     tile: *const u8,
@@ -132,7 +132,10 @@ unsafe fn step<const F: u32, const R: usize, const J: usize>(
 ) {
     // SAFETY: as the caller says.
     unsafe {
-        let w = [unpack::<F, J>(tile), unpack::<F, J>(tile.add(32))];
+        let w = match is_unpacked(F, R) {
+            true => [unpack::<Q8, J>(tile), unpack::<Q8, J>(tile.add(32))],
+            false => [unpack::<F, J>(tile), unpack::<F, J>(tile.add(32))],
+        };
         for (row, sums) in sums.iter_mut().enumerate() {
             let x = _mm256_set1_epi32(x.add(row * stride + J * 4).cast::<i32>().read_unaligned());
             for half in 0..2 {
@@ -158,6 +161,59 @@ fn held(mut sum: __m256i) -> __m256i {
 #[repr(align(64))]
 struct Sums([Halves<__m256>; MOST_ROWS]);
 
+/// Whether elements are unpacked once for all tiles of `rows` rows, to a byte each. Few rows take them from registers, and
+/// those of four bits are unpacked as fast as they would be stored.
+const fn is_unpacked(format: u32, rows: usize) -> bool {
+    matches!(format, Q5 | Q5_MIN | Q6) && rows > 2
+}
+
+/// The format's first and second scales, or its minimums, around what the elements are computed around.
+///
+/// # Safety
+/// The level is available, and a tile of the format is at `tile`.
+#[inline(always)]
+unsafe fn scales<const F: u32>(tile: *const u8) -> [Halves<__m256>; 2] {
+    let at = |index: usize| tile.wrapping_add(scales_at(format_of(F)) + index * 32);
+    // SAFETY: as the caller says.
+    unsafe {
+        let load = |at: *const u8| [0, 16].map(|half| _mm256_cvtph_ps(_mm_loadu_si128(at.wrapping_add(half).cast())));
+        let first = load(at(0));
+        if F != Q6 && !has_minimum(F) {
+            return [first; 2];
+        }
+        let mut second = load(at(1));
+        if F == Q5_MIN {
+            let sixteen = _mm256_set1_ps(16.0);
+            second = [0, 1].map(|half| _mm256_fmadd_ps(first[half], sixteen, second[half]));
+        }
+        [first, second]
+    }
+}
+
+/// Room for a block's elements in the order of Q8.
+#[repr(align(64))]
+struct Unpacked([u8; BLOCK * GROUP]);
+
+impl Unpacked {
+    /// # Safety
+    /// The level is available, and a tile of the format is at `tile`.
+    #[inline(always)]
+    unsafe fn fill<const F: u32>(&mut self, tile: *const u8) {
+        let to = self.0.as_mut_ptr().cast::<__m256i>();
+        macro_rules! fill {
+            ($($register:literal)*) => {
+                for half in 0..2 {
+                    // SAFETY: as the caller says, and there is room for eight registers of both halves.
+                    unsafe {
+                        $( _mm256_store_si256(to.add($register * 2 + half), unpack::<F, $register>(tile.add(half * 32))); )*
+                    }
+                }
+            };
+        }
+        fill!(0 1 2 3 4 5 6 7);
+    }
+}
+
 /// Calls [`step`] for some registers.
 macro_rules! steps {
     ($format:ident, $rows:ident, [$($register:literal),*], $arguments:tt) => {
@@ -175,9 +231,25 @@ const AHEAD_BYTES: usize = 8 << 10;
 /// The level is available, and the panel has so many rows.
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn rows_of<const F: u32, const R: usize>(panel: Panel, tiles: usize, fetches: bool) {
+    // SAFETY: as the caller says.
+    unsafe {
+        match (R, tiles) {
+            // With a constant, the sums stay in registers, for which there is room.
+            (1 | 2, 1) => pass::<F, R>(panel, 1, fetches),
+            _ => pass::<F, R>(panel, tiles, fetches),
+        }
+    }
+}
+
+/// # Safety
+/// That of [`rows_of`].
+#[inline(always)]
+unsafe fn pass<const F: u32, const R: usize>(panel: Panel, tiles: usize, fetches: bool) {
     let tile_bytes = format_of(F).tile_bytes();
-    let mut sums = Sums([[_mm256_setzero_ps(); 2]; MOST_ROWS]);
+    // SAFETY: the level is available.
+    let mut sums = Sums([[unsafe { _mm256_setzero_ps() }; 2]; MOST_ROWS]);
     let sums = &mut sums.0[..tiles * R];
+    let mut unpacked = Unpacked([0; BLOCK * GROUP]);
     for block in 0..panel.blocks {
         // SAFETY: the panel has tiles for all blocks, and so many rows in the activations.
         unsafe {
@@ -187,9 +259,16 @@ unsafe fn rows_of<const F: u32, const R: usize>(panel: Panel, tiles: usize, fetc
                     _mm_prefetch::<_MM_HINT_T0>(tile.wrapping_add(AHEAD_BYTES + line * LINE).cast());
                 }
             }
+            let mut elements = tile;
+            if is_unpacked(F, R) {
+                unpacked.fill::<F>(tile);
+                elements = unpacked.0.as_ptr();
+            }
+            // Few rows are there before their weights, and would wait for scales before they ask for the elements.
+            let scales_of_all = if R > 2 { Some(scales::<F>(tile)) } else { None };
             let mut rows = panel;
             for sums in sums.as_chunks_mut::<R>().0 {
-                add_block::<F, R>(&rows, block, tile, sums);
+                add_block::<F, R>(&rows, block, elements, || scales_of_all.unwrap_or_else(|| scales::<F>(tile)), sums);
                 rows = rows.after(R);
             }
         }
@@ -205,23 +284,20 @@ unsafe fn rows_of<const F: u32, const R: usize>(panel: Panel, tiles: usize, fetc
 /// Adds the products of a block to the sums of the panel's first `R` rows.
 ///
 /// # Safety
-/// The level is available, the panel has `R` rows and the block, whose weights are at `tile`.
+/// The level is available, the panel has `R` rows and the block, whose elements are at `tile`: as they are stored, or
+/// [unpacked](is_unpacked).
 #[inline(always)]
 unsafe fn add_block<const F: u32, const R: usize>(
     panel: &Panel,
     block: usize,
     tile: *const u8,
+    scales: impl Fn() -> [Halves<__m256>; 2],
     sums: &mut [Halves<__m256>; R],
 ) {
-    let (format, blocks) = (format_of(F), panel.blocks);
-    let stride = blocks * BLOCK;
+    let (blocks, stride) = (panel.blocks, panel.blocks * BLOCK);
     // SAFETY: as the caller says.
     unsafe {
         let x = panel.x.add(block * BLOCK);
-        let scales = |index: usize| -> Halves<__m256> {
-            let at = tile.add(scales_at(format) + index * 32);
-            [_mm256_cvtph_ps(_mm_loadu_si128(at.cast())), _mm256_cvtph_ps(_mm_loadu_si128(at.add(16).cast()))]
-        };
         let begin = |part: usize| -> [Halves<__m256i>; R] {
             let first = if F == Q5_MIN { first_sum(Q5) } else { first_sum(F) };
             std::array::from_fn(|row| match first {
@@ -236,10 +312,10 @@ unsafe fn add_block<const F: u32, const R: usize>(
         steps!(F, R, [0, 1, 2, 3], (tile, x, stride, &mut dots));
         match F {
             Q6 => {
-                scaled(panel, block, lanes_sums(dots), scales(0), sums);
+                scaled(panel, block, lanes_sums(dots), scales()[0], sums);
                 dots = begin(1);
                 steps!(F, R, [4, 5, 6, 7], (tile, x, stride, &mut dots));
-                scaled(panel, block, lanes_sums(dots), scales(1), sums);
+                scaled(panel, block, lanes_sums(dots), scales()[1], sums);
             }
             Q8 => {
                 let first = lanes_sums(dots);
@@ -249,21 +325,15 @@ unsafe fn add_block<const F: u32, const R: usize>(
                 for (both, first) in both.iter_mut().flatten().zip(first.as_flattened()) {
                     *both = _mm256_add_epi32(*both, *first);
                 }
-                scaled(panel, block, both, scales(0), sums);
+                scaled(panel, block, both, scales()[0], sums);
             }
             _ => {
                 steps!(F, R, [4, 5, 6, 7], (tile, x, stride, &mut dots));
-                scaled(panel, block, lanes_sums(dots), scales(0), sums);
+                scaled(panel, block, lanes_sums(dots), scales()[0], sums);
             }
         }
         if has_minimum(F) {
-            let mut minimums = scales(1);
-            if F == Q5_MIN {
-                let (scale, sixteen) = (scales(0), _mm256_set1_ps(16.0));
-                for half in 0..2 {
-                    minimums[half] = _mm256_fmadd_ps(scale[half], sixteen, minimums[half]);
-                }
-            }
+            let minimums = scales()[1];
             for (row, sums) in sums.iter_mut().enumerate() {
                 let sum = _mm256_set1_ps(*panel.scaled_sums.add(row * blocks + block));
                 for half in 0..2 {
