@@ -10,7 +10,7 @@
 //!   sum, less the offset, within `128 * 255`. (With activations that may be 127 each, weights would have to give their
 //!   signs to the activations, and each two products be added up in 32 bits: twice as many operations.)
 
-use std::arch::x86_64::*;
+use std::{arch::x86_64::*, mem::MaybeUninit};
 
 use super::{Panel, Q4, Q4_MIN, Q5, Q5_MIN, Q6, Q8, first_sum, for_format, format_of, has_minimum};
 use crate::{
@@ -159,7 +159,7 @@ fn held(mut sum: __m256i) -> __m256i {
 /// The sums of all rows of a pass, of which there are more than registers. What the compiler saves on the stack by itself may
 /// lie across two lines, as chance has it from thread to thread, and take half as long again.
 #[repr(align(64))]
-struct Sums([Halves<__m256>; MOST_ROWS]);
+struct Sums([MaybeUninit<Halves<__m256>>; MOST_ROWS]);
 
 /// Whether elements are unpacked once for all tiles of `rows` rows, to a byte each. Few rows take them from registers, and
 /// those of four bits are unpacked as fast as they would be stored.
@@ -192,7 +192,7 @@ unsafe fn scales<const F: u32>(tile: *const u8) -> [Halves<__m256>; 2] {
 
 /// Room for a block's elements in the order of Q8.
 #[repr(align(64))]
-struct Unpacked([u8; BLOCK * GROUP]);
+struct Unpacked([MaybeUninit<u8>; BLOCK * GROUP]);
 
 impl Unpacked {
     /// # Safety
@@ -246,10 +246,13 @@ unsafe fn rows_of<const F: u32, const R: usize>(panel: Panel, tiles: usize, fetc
 #[inline(always)]
 unsafe fn pass<const F: u32, const R: usize>(panel: Panel, tiles: usize, fetches: bool) {
     let tile_bytes = format_of(F).tile_bytes();
-    // SAFETY: the level is available.
-    let mut sums = Sums([[unsafe { _mm256_setzero_ps() }; 2]; MOST_ROWS]);
+    let mut sums = Sums([const { MaybeUninit::uninit() }; MOST_ROWS]);
     let sums = &mut sums.0[..tiles * R];
-    let mut unpacked = Unpacked([0; BLOCK * GROUP]);
+    // SAFETY: the level is available.
+    sums.iter_mut().for_each(|sums| _ = sums.write(unsafe { [_mm256_setzero_ps(); 2] }));
+    // SAFETY: all of them are written.
+    let sums = unsafe { sums.assume_init_mut() };
+    let mut unpacked = Unpacked([const { MaybeUninit::uninit() }; BLOCK * GROUP]);
     for block in 0..panel.blocks {
         // SAFETY: the panel has tiles for all blocks, and so many rows in the activations.
         unsafe {
@@ -262,7 +265,7 @@ unsafe fn pass<const F: u32, const R: usize>(panel: Panel, tiles: usize, fetches
             let mut elements = tile;
             if is_unpacked(F, R) {
                 unpacked.fill::<F>(tile);
-                elements = unpacked.0.as_ptr();
+                elements = unpacked.0.as_ptr().cast();
             }
             // Few rows are there before their weights, and would wait for scales before they ask for the elements.
             let scales_of_all = if R > 2 { Some(scales::<F>(tile)) } else { None };
