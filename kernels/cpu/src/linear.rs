@@ -151,20 +151,19 @@ pub fn product<F: Fn(&mut Finished<'_>) + Sync>(x: &Prepared, w: &PackedMatrix<'
     parallel_for(cut.tasks(), |task| {
         let (rows, part) = cut.task(task);
         let (begin, end) = (cut.begin(part, bytes), cut.begin(part + 1, bytes));
+        let next_task = cut.next_task(task).and_then(|task| cut.first_weights(w.segments(), cut.task(task).1, bytes));
         let (mut at, mut column) = (0, 0);
         for segment in w.segments() {
-            // A group belongs to the part in which it begins.
-            let group = |byte: usize| {
-                let unit = segment.group_bytes() * cut.unit;
-                (byte.saturating_sub(at).div_ceil(unit) * cut.unit).min(segment.groups())
-            };
-            for groups in blocks(group(begin)..group(end), cut.block) {
+            let group = |byte: usize| cut.groups_before(segment, byte.saturating_sub(at));
+            let own = group(begin)..group(end);
+            for groups in blocks(own.clone(), cut.block) {
                 let weights = Groups::new(x, segment, groups.clone());
+                let next = next_task.filter(|_| groups.end == own.end);
                 for rows in blocks(rows.clone(), cut.tile_rows) {
                     let width = segment.rows.min(groups.end * GROUP) - groups.start * GROUP;
                     let mut memory = Buffer::take(rows.len() * groups.len() * GROUP);
                     let mut tile = Tile::new(&mut memory, groups.len() * GROUP);
-                    weights_product(x, rows.clone(), &weights, &mut tile);
+                    weights_product(x, rows.clone(), &weights, next, &mut tile);
                     finish(&mut Finished::new(tile, rows.start, column + groups.start * GROUP, width));
                 }
             }
@@ -174,11 +173,14 @@ pub fn product<F: Fn(&mut Finished<'_>) + Sync>(x: &Prepared, w: &PackedMatrix<'
     });
 }
 
-/// One tile: the products of some rows with some groups of a segment.
-fn weights_product(x: &Prepared, rows: Range<usize>, weights: &Groups<'_>, out: &mut Tile<'_>) {
+/// One tile: the products of some rows with some groups of a segment. Quantized products fetch the weights that come `next`,
+/// if these are not simply the following ones.
+fn weights_product(x: &Prepared, rows: Range<usize>, weights: &Groups<'_>, next: Option<&[u8]>, out: &mut Tile<'_>) {
     let (segment, groups) = weights.place();
-    let microkernel = if segment.format.is_quantized() { quantized::product } else { float::product };
-    microkernel(x.level(), x, rows, &segment, groups, out);
+    match segment.format.is_quantized() {
+        true => quantized::product(x.level(), x, rows, &segment, groups, next, out),
+        false => float::product(x.level(), x, rows, &segment, groups, out),
+    }
 }
 
 /// Rows of a tile at most.
@@ -234,6 +236,30 @@ impl Cut {
         let late = self.parts / 2;
         let early = self.parts - late;
         whole * (3 * part.min(early) + part.saturating_sub(early)) / (3 * early + late)
+    }
+
+    /// The groups of a segment that belong to parts which begin before the segment's byte `byte`: a group belongs to the part
+    /// in which it begins.
+    fn groups_before(&self, segment: &PackedSegment<'_>, byte: usize) -> usize {
+        (byte.div_ceil(segment.group_bytes() * self.unit) * self.unit).min(segment.groups())
+    }
+
+    /// The first group of a part of a matrix of so many bytes, if it has any.
+    fn first_weights<'a>(&self, segments: &[PackedSegment<'a>], part: usize, bytes: usize) -> Option<&'a [u8]> {
+        let mut begin = self.begin(part, bytes);
+        for segment in segments {
+            let first = self.groups_before(segment, begin);
+            if first < segment.groups() {
+                return Some(segment.group(first));
+            }
+            begin = begin.saturating_sub(segment.bytes.len());
+        }
+        None
+    }
+
+    /// The task that a thread probably takes after this one.
+    fn next_task(&self, task: usize) -> Option<usize> {
+        Some(task + threads()).filter(|task| *task < self.tasks())
     }
 
     /// The rows of a task, and its part of the matrix. Neighbours share the part.

@@ -64,15 +64,18 @@ fn inner(x: &Prepared, gate_up: &PackedMatrix<'_>, forms: Forms, activation: Act
     parallel_for(cut.tasks(), |task| {
         let (rows, part) = cut.task(task);
         let own = cut.begin(part, pairs) * 2..groups.min(cut.begin(part + 1, pairs) * 2);
-        for groups in blocks(own, cut.block) {
+        let after = cut.next_task(task).map(|task| cut.begin(cut.task(task).1, pairs) * 2);
+        for groups in blocks(own.clone(), cut.block) {
             let [gate_weights, up_weights] = [&gate, &up].map(|segment| Groups::new(x, segment, groups.clone()));
+            let next =
+                if groups.end < own.end { Some(groups.end) } else { after }.filter(|group| *group < gate.groups());
             for rows in blocks(rows.clone(), cut.tile_rows) {
                 let (stride, column) = (groups.len() * GROUP, groups.start * GROUP);
                 let mut memory = Buffer::<f32>::take(2 * rows.len() * stride);
                 let (gates, ups) = memory.split_at_mut(rows.len() * stride);
                 let (mut gates, mut ups) = (Tile::new(gates, stride), Tile::new(ups, stride));
-                weights_product(x, rows.clone(), &gate_weights, &mut gates);
-                weights_product(x, rows.clone(), &up_weights, &mut ups);
+                weights_product(x, rows.clone(), &gate_weights, Some(up.group(groups.start)), &mut gates);
+                weights_product(x, rows.clone(), &up_weights, next.map(|group| gate.group(group)), &mut ups);
                 let width = stride.min(gate.rows - column);
                 for (index, row) in rows.enumerate() {
                     let values = &mut gates.row_mut(index)[..width];

@@ -75,6 +75,8 @@ struct Panel {
     offset_sums: *const i32,
     /// `[blocks]` tiles
     w: *const u8,
+    /// The tiles of the group that comes next, probably; they are fetched, not read.
+    next: *const u8,
     /// `[rows, stride]`, of which the first [`GROUP`] columns are written.
     out: *mut f32,
     stride: usize,
@@ -102,13 +104,14 @@ impl Panel {
     }
 }
 
-/// See `super::float::product`.
+/// See `super::float::product`; the group that comes after these, if it is not the segment's following one, is `next`.
 pub(super) fn product(
     level: Level,
     x: &Prepared,
     rows: Range<usize>,
     segment: &PackedSegment<'_>,
     groups: Range<usize>,
+    next: Option<&[u8]>,
     out: &mut Tile<'_>,
 ) {
     let (quantized, blocks) = (x.quantized(), segment.columns / BLOCK);
@@ -116,14 +119,17 @@ pub(super) fn product(
     assert!(rows.end * blocks <= quantized.scales().len() && rows.len() <= out.rows(), "rows that are there");
     assert!(groups.len() * GROUP <= out.stride() && level.is_available(), "a tile for the groups");
     let (first, stride) = (rows.start * blocks, out.stride());
-    for (index, group) in groups.enumerate() {
+    for (index, group) in groups.clone().enumerate() {
+        let w = segment.group(group);
+        let next = next.filter(|_| group + 1 == groups.end).map_or(w.as_ptr_range().end, <[u8]>::as_ptr);
         let panel = Panel {
             blocks,
             x: quantized.elements()[first * BLOCK..].as_ptr(),
             scales: quantized.scales()[first..].as_ptr(),
             scaled_sums: quantized.scaled_sums()[first..].as_ptr(),
             offset_sums: quantized.offset_sums()[first * SUMS..].as_ptr(),
-            w: segment.group(group).as_ptr(),
+            w: w.as_ptr(),
+            next,
             out: out.row_mut(0)[index * GROUP..].as_mut_ptr(),
             stride,
         };

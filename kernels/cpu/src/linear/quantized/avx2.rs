@@ -221,7 +221,7 @@ macro_rules! steps {
     };
 }
 
-/// Weights this far ahead are fetched with each tile.
+/// About so far ahead, weights are fetched with each tile, of the next group where this one ends.
 const AHEAD_BYTES: usize = 8 << 10;
 
 /// Goes over the weights once, for `tiles` register tiles of `R` rows each: a weight tile stays in the nearest cache until all
@@ -253,13 +253,18 @@ unsafe fn pass<const F: u32, const R: usize>(panel: Panel, tiles: usize, fetches
     // SAFETY: all of them are written.
     let sums = unsafe { sums.assume_init_mut() };
     let mut unpacked = Unpacked([const { MaybeUninit::uninit() }; BLOCK * GROUP]);
+    let ahead = const { AHEAD_BYTES / format_of(F).tile_bytes() }.min(panel.blocks);
     for block in 0..panel.blocks {
         // SAFETY: the panel has tiles for all blocks, and so many rows in the activations.
         unsafe {
             let tile = panel.w.add(block * tile_bytes);
             if fetches {
+                let (w, block) = match (block + ahead).checked_sub(panel.blocks) {
+                    Some(block) => (panel.next, block),
+                    None => (panel.w, block + ahead),
+                };
                 for line in 0..tile_bytes.div_ceil(LINE) {
-                    _mm_prefetch::<_MM_HINT_T0>(tile.wrapping_add(AHEAD_BYTES + line * LINE).cast());
+                    _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(block * tile_bytes + line * LINE).cast());
                 }
             }
             let mut elements = tile;

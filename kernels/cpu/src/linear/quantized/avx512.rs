@@ -138,7 +138,9 @@ unsafe fn rows_of<const F: u32, const R: usize>(panel: Panel, fetches: bool) {
             let tile = panel.w.add(block * format.tile_bytes());
             if fetches {
                 for line in 0..const { format_of(F).tile_bytes().div_ceil(LINE) } {
-                    _mm_prefetch::<_MM_HINT_T0>(tile.wrapping_add(blocks * format.tile_bytes() + line * LINE).cast());
+                    _mm_prefetch::<_MM_HINT_T0>(
+                        panel.next.wrapping_add(block * format.tile_bytes() + line * LINE).cast(),
+                    );
                 }
             }
             let w = unpack::<F>(tile);
