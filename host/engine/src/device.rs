@@ -11,6 +11,7 @@ use crate::{
 mod hash;
 mod null;
 mod target;
+mod touch;
 
 pub(crate) use null::NullDevice;
 pub(crate) use target::Target;
@@ -117,6 +118,8 @@ struct Mutable {
 
 /// Arrays of a few words for each slot.
 const SMALL_ARRAYS: usize = 3;
+/// Arrays of many, which come before the pools.
+const WORDY_ARRAYS: usize = 2;
 
 /// The state was lost in a failed execution and not yet made anew.
 fn lost() -> PjrtError {
@@ -155,7 +158,8 @@ impl DeviceState {
         Ok(state)
     }
 
-    /// Makes pools and rows anew, all zero but for the presets. What shares the host's memory takes none before it is used.
+    /// Makes pools and rows anew, all zero but for the presets. What shares the host's memory takes none before it is used, or
+    /// until there is time for that: see [`touch`].
     pub fn reset(&mut self) -> Result<(), PjrtError> {
         // The old ones go first: two generations need not fit.
         self.mutable = None;
@@ -168,7 +172,10 @@ impl DeviceState {
             if large.is_empty() {
                 // The program leaves them out where they share the host's memory.
                 let zeros = |tensor| self.target.zeros(tensor, device);
-                large = self.arguments.large().map(zeros).collect::<Result<_, _>>()?;
+                let made: Vec<_> = self.arguments.large().map(zeros).collect::<Result<_, _>>()?;
+                let (buffers, memory): (_, Vec<_>) = made.into_iter().unzip();
+                large = buffers;
+                touch::ahead(memory.into_iter().skip(WORDY_ARRAYS).collect());
             }
             let wrong = || incomplete("the initial state");
             let [last_tokens, page_table, allowed] =

@@ -3,8 +3,8 @@
 use std::{
     fs::File,
     io,
-    ops::{Deref, DerefMut},
-    sync::Arc,
+    ops::{Deref, DerefMut, Range},
+    sync::{Arc, Weak},
 };
 
 use memmap2::{MmapMut, MmapOptions, MmapRaw};
@@ -50,6 +50,11 @@ impl AlignedBytes {
         Ok(Self { pages: Arc::new(pages.into()), offset: 0, len })
     }
 
+    /// What takes the bytes' memory from the system ahead of use.
+    pub fn untouched(&self) -> Untouched {
+        Untouched { pages: Arc::downgrade(&self.pages), offset: self.offset, len: self.len }
+    }
+
     /// Keeps the bytes before `at` and returns the others, without copying.
     ///
     /// # Panics
@@ -69,6 +74,40 @@ impl AlignedBytes {
         }
         self.len += rest.len;
         Ok(())
+    }
+}
+
+/// Bytes of which the system may have given nothing yet but the addresses: it clears a page when that is first touched, and
+/// whoever touches it waits meanwhile.
+#[derive(Debug)]
+pub struct Untouched {
+    /// The memory goes with its bytes, whatever is held here.
+    pages: Weak<MmapRaw>,
+    offset: usize,
+    len: usize,
+}
+
+impl Untouched {
+    #[expect(clippy::len_without_is_empty, reason = "these are no elements")]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Takes the memory for some of the bytes, whose values stay what they are, also while others read and write them. False if
+    /// there is nothing more to do: the bytes are gone, or this system has no way to.
+    ///
+    /// # Panics
+    /// If these are not bytes of it.
+    pub fn touch(&self, bytes: Range<usize>) -> bool {
+        assert!(bytes.start <= bytes.end && bytes.end <= self.len, "{bytes:?} of {} bytes", self.len);
+        let Some(pages) = self.pages.upgrade() else { return false };
+        #[cfg(target_os = "linux")]
+        return pages.advise_range(memmap2::Advice::PopulateWrite, self.offset + bytes.start, bytes.len()).is_ok();
+        #[cfg(not(target_os = "linux"))]
+        return {
+            drop(pages);
+            false
+        };
     }
 }
 
@@ -139,6 +178,19 @@ mod tests {
         drop(two);
         let mut tail = tail;
         assert!(tail.unsplit(empty).is_err(), "parts join in order only");
+    }
+
+    #[test]
+    fn memory_is_taken_ahead_and_keeps_what_it_holds() {
+        let mut bytes = AlignedBytes::zeroed(1 << 20).unwrap();
+        bytes[5000] = 7;
+        let untouched = bytes.untouched();
+        assert_eq!(untouched.len(), 1 << 20);
+        // Linux before 5.14 cannot.
+        untouched.touch(0..1 << 20);
+        assert_eq!((bytes[5000], bytes[5001], bytes[1 << 19]), (7, 0, 0));
+        drop(bytes);
+        assert!(!untouched.touch(0..1 << 20), "memory that is gone");
     }
 
     #[test]

@@ -47,7 +47,7 @@ mod view;
 #[cfg(test)]
 mod testing;
 
-pub use buffer::AlignedBytes;
+pub use buffer::{AlignedBytes, Untouched};
 pub use checkpoint::{Checkpoint, TensorEntry};
 pub use error::{Problem, WeightsError};
 pub use gguf::{GgufArray, GgufMetadata, GgufTokenizerParts, GgufValue};

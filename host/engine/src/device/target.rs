@@ -12,6 +12,8 @@ use torus_pjrt::{
     PjrtError, Plugin as PjrtPlugin,
 };
 
+use torus_weights::{AlignedBytes, Untouched};
+
 use super::hash::file_hash;
 use crate::{
     StartError,
@@ -148,12 +150,14 @@ impl Target {
 
     /// Zeros in memory that programs update in place. On a device that shares the host's memory, the system clears a page
     /// when it is first touched, and what is never used takes none.
-    pub fn zeros(&self, tensor: &TensorType, device: usize) -> Result<Buffer, PjrtError> {
+    pub fn zeros(&self, tensor: &TensorType, device: usize) -> Result<(Buffer, Untouched), PjrtError> {
         let bytes = tensor.bytes().unwrap_or(u64::MAX) as usize;
-        let memory = torus_weights::AlignedBytes::zeroed(bytes)
+        let memory = AlignedBytes::zeroed(bytes)
             .map_err(|error| PjrtError::Invalid(format!("{bytes} bytes cannot be had: {error}")))?;
         let dims: Vec<i64> = tensor.dims.iter().map(|dim| *dim as i64).collect();
-        self.client.buffer_from_owned_mut(memory, element(tensor.dtype), &dims, &self.devices[device])
+        let untouched = memory.untouched();
+        let buffer = self.client.buffer_from_owned_mut(memory, element(tensor.dtype), &dims, &self.devices[device])?;
+        Ok((buffer, untouched))
     }
 
     pub fn upload_words(&self, words: &[i32], dtype: DType, dims: &[u64], device: usize) -> Result<Buffer, PjrtError> {
