@@ -205,6 +205,25 @@ fn median(sorted: &[f64]) -> f64 {
     percentile(sorted, 50)
 }
 
+/// What steps with prompts took, by tokens: those within a power of two in one line.
+fn prefill_lines(prefill: &BTreeMap<u64, Vec<f64>>) -> Vec<String> {
+    let mut groups: BTreeMap<u64, Vec<(u64, f64)>> = BTreeMap::new();
+    for (tokens, times) in prefill {
+        let steps = times.iter().map(|time| (*tokens, *time));
+        groups.entry(tokens.next_power_of_two()).or_default().extend(steps);
+    }
+    let line = |steps: &Vec<(u64, f64)>| {
+        let (least, most) = (steps.first()?.0, steps.last()?.0);
+        let sizes = if least == most { most.to_string() } else { format!("{least} to {most}") };
+        // Of the largest, as long as its tokens take at the median speed.
+        let mut each: Vec<_> = steps.iter().map(|(tokens, time)| time / *tokens as f64).collect();
+        each.sort_by(f64::total_cmp);
+        let each = median(&each);
+        Some(format!("steps of {sizes} tokens: {:.1} ms, {:.0} tokens/s", each * most as f64 * 1e3, 1.0 / each))
+    };
+    groups.values().filter_map(line).collect()
+}
+
 impl Measured {
     /// What the decode steps reach of the bandwidth of a plain sum.
     fn share(&self) -> f64 {
@@ -240,12 +259,7 @@ impl Measured {
                 self.share() * 100.0
             );
         }
-        for (tokens, times) in &self.prefill {
-            let mut times = times.clone();
-            times.sort_by(f64::total_cmp);
-            let time = median(&times);
-            println!("  steps of {tokens} tokens: {:.1} ms, {:.0} tokens/s", time * 1e3, *tokens as f64 / time);
-        }
+        prefill_lines(&self.prefill).iter().for_each(|line| println!("  {line}"));
         if args.profile {
             println!("  {:<28} {:>8} {:>10} {:>7}", "in a decode step", "calls", "us", "share");
             let line = |name: &str, calls: f64, seconds: f64| {
@@ -313,5 +327,15 @@ mod tests {
         assert!(close(trace.prefill[&128][0], 100e-6));
         assert!(close(trace.parts["linear"].seconds, 10e-6) && trace.parts["linear"].is_kernel);
         assert!(close(trace.parts["pack"].seconds, 2e-6) && !trace.parts["pack"].is_kernel);
+    }
+
+    #[test]
+    fn steps_of_about_one_size_are_told_in_one_line() {
+        let prefill = [(512, vec![0.5, 0.25, 1.0]), (17, vec![0.017]), (30, vec![0.06, 0.09])];
+        let lines = prefill_lines(&prefill.into_iter().collect());
+        let expected =
+            ["steps of 17 to 30 tokens: 60.0 ms, 500 tokens/s", "steps of 512 tokens: 500.0 ms, 1024 tokens/s"];
+        assert_eq!(lines, expected);
+        assert!(prefill_lines(&BTreeMap::new()).is_empty());
     }
 }
