@@ -11,7 +11,6 @@ use torus_pjrt::{
     Buffer, Client, ClientOptions, CompileOptions, Device as PjrtDevice, ElementType, OptionValue, OverrideValue,
     PjrtError, Plugin as PjrtPlugin,
 };
-
 use torus_weights::{AlignedBytes, Untouched};
 
 use super::hash::file_hash;

@@ -230,3 +230,30 @@ fn tasks_cover_every_element_once_however_many_there_are() {
         }
     }
 }
+
+#[test]
+fn the_first_weights_of_a_part_are_those_that_begin_in_it() {
+    let matrix = Matrix::random(
+        &mut ChaCha8Rng::seed_from_u64(7),
+        40,
+        &[(Format::F32, 40), (Format::Bf16, 17), (Format::F32, 300)],
+    );
+    let (w, mut found) = (matrix.packed(), 0);
+    let bytes: usize = w.segments().iter().map(|segment| segment.bytes.len()).sum();
+    for rows in [1, 8, 40, 600] {
+        let cut = Cut::new(Level::Portable, rows, false, 25, bytes / 25);
+        for part in 0..cut.parts {
+            let (mut at, mut expected) = (0, None);
+            for segment in w.segments() {
+                let first = |group: &usize| at + group / cut.unit * cut.unit * segment.group_bytes();
+                let group = (0..segment.groups()).find(|group| first(group) >= cut.begin(part, bytes));
+                expected = expected.or(group.map(|group| segment.group(group).as_ptr()));
+                at += segment.bytes.len();
+            }
+            let weights = cut.first_weights(w.segments(), part, bytes).map(<[u8]>::as_ptr);
+            assert_eq!(weights, expected, "part {part} for {rows} rows");
+            found += usize::from(weights.is_some());
+        }
+    }
+    assert!(found > 20, "{found} parts have weights");
+}
