@@ -41,6 +41,7 @@ unsafe fn all<const F: u32>(panel: Panel, rows: usize) {
     assert!(rows <= MOST_ROWS, "a panel of {rows} rows");
     let tiles = rows.div_ceil(if F == Q8 { Q8_ROWS } else { ROWS });
     let (low, high) = (rows / tiles, rows % tiles);
+    // One row waits for memory all the time, which gives no more to who asks earlier.
     let fetches = rows > 1;
     // SAFETY: as the caller says, and these are all rows.
     unsafe {
