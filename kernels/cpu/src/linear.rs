@@ -42,6 +42,8 @@ const TASKS_PER_THREAD: usize = 4;
 const TASK_ROWS: usize = 132;
 /// The same where weights are widened, once for each task.
 const WIDENED_TASK_ROWS: usize = 512;
+/// Rows of a tile at most, but for the matrix unit's.
+const TILE_ROWS: usize = 24;
 /// Groups of a tile at most: 24 rows of 128 columns are 12 KiB.
 const TILE_GROUPS: usize = 8;
 /// Bytes of weights that a task keeps in the second-level cache.
@@ -158,7 +160,7 @@ pub fn product<F: Fn(&mut Finished<'_>) + Sync>(x: &Prepared, w: &PackedMatrix<'
             let own = group(begin)..group(end);
             for groups in blocks(own.clone(), cut.block) {
                 let weights = Groups::new(x, segment, groups.clone());
-                let next = next_task.filter(|_| groups.end == own.end);
+                let next = next_task.filter(|_| groups.end == own.end && end <= at + segment.bytes.len());
                 for rows in blocks(rows.clone(), cut.tile_rows) {
                     let width = segment.rows.min(groups.end * GROUP) - groups.start * GROUP;
                     let mut memory = Buffer::take(rows.len() * groups.len() * GROUP);
@@ -188,7 +190,7 @@ fn tile_rows(level: Level) -> usize {
     match level {
         // Two tiles of the matrix unit.
         Level::Amx => 32,
-        _ => 24,
+        _ => TILE_ROWS,
     }
 }
 

@@ -12,7 +12,7 @@
 
 use std::{arch::x86_64::*, mem::MaybeUninit};
 
-use super::{Panel, Q4, Q4_MIN, Q5, Q5_MIN, Q6, Q8, first_sum, for_format, format_of, has_minimum};
+use super::{super::TILE_ROWS, Panel, Q4, Q4_MIN, Q5, Q5_MIN, Q6, Q8, first_sum, for_format, format_of, has_minimum};
 use crate::{
     activations::SUMS,
     packed::{BLOCK, Format, GROUP, quantized::scales_at},
@@ -23,11 +23,9 @@ use crate::{
 /// half of a block are kept besides, in memory.
 const ROWS: usize = 6;
 const Q8_ROWS: usize = 4;
-/// Rows of a panel at most.
-const MOST_ROWS: usize = 24;
 
 /// # Safety
-/// The level is available, and the panel has so many rows, at most [`MOST_ROWS`].
+/// The level is available, and the panel has so many rows, at most [`TILE_ROWS`].
 pub(super) unsafe fn run(format: Format, panel: Panel, rows: usize) {
     // SAFETY: as the caller says.
     unsafe { for_format!(format, all, (panel, rows)) }
@@ -38,7 +36,7 @@ pub(super) unsafe fn run(format: Format, panel: Panel, rows: usize) {
 /// # Safety
 /// That of [`run`].
 unsafe fn all<const F: u32>(panel: Panel, rows: usize) {
-    assert!(rows <= MOST_ROWS, "a panel of {rows} rows");
+    assert!(rows <= TILE_ROWS, "a panel of {rows} rows");
     let tiles = rows.div_ceil(if F == Q8 { Q8_ROWS } else { ROWS });
     let (low, high) = (rows / tiles, rows % tiles);
     // One row waits for memory all the time, which gives no more to who asks earlier.
@@ -123,7 +121,8 @@ unsafe fn unpack<const F: u32, const J: usize>(tile: *const u8) -> __m256i {
 /// Adds the products of register `J` to the sums of all rows.
 ///
 /// # Safety
-/// A tile, or its [unpacked](is_unpacked) elements, is at `tile`, a block of `R` rows, `stride` bytes apart, at `x`, and the level is available.
+/// A tile, or its [unpacked](is_unpacked) elements, is at `tile`, a block of `R` rows, `stride` bytes apart, at `x`, and the
+/// level is available.
 #[inline(always)]
 unsafe fn step<const F: u32, const R: usize, const J: usize>(
     tile: *const u8,
@@ -160,7 +159,7 @@ fn held(mut sum: __m256i) -> __m256i {
 /// The sums of all rows of a pass, of which there are more than registers. What the compiler saves on the stack by itself may
 /// lie across two lines, as chance has it from thread to thread, and take half as long again.
 #[repr(align(64))]
-struct Sums([MaybeUninit<Halves<__m256>>; MOST_ROWS]);
+struct Sums([MaybeUninit<Halves<__m256>>; TILE_ROWS]);
 
 /// Whether elements are unpacked once for all tiles of `rows` rows, to a byte each. Few rows take them from registers, and
 /// those of four bits are unpacked as fast as they would be stored.
@@ -247,7 +246,7 @@ unsafe fn rows_of<const F: u32, const R: usize>(panel: Panel, tiles: usize, fetc
 #[inline(always)]
 unsafe fn pass<const F: u32, const R: usize>(panel: Panel, tiles: usize, fetches: bool) {
     let tile_bytes = format_of(F).tile_bytes();
-    let mut sums = Sums([const { MaybeUninit::uninit() }; MOST_ROWS]);
+    let mut sums = Sums([const { MaybeUninit::uninit() }; TILE_ROWS]);
     let sums = &mut sums.0[..tiles * R];
     // SAFETY: the level is available.
     sums.iter_mut().for_each(|sums| _ = sums.write(unsafe { [_mm256_setzero_ps(); 2] }));
