@@ -29,7 +29,8 @@ install_packages() {
   any_file /usr/include/google/protobuf/any.proto /usr/local/include/google/protobuf/any.proto || missing+=(libprotobuf-dev)
   command -v cc >/dev/null || missing+=(build-essential)
   command -v unzip >/dev/null || missing+=(unzip)
-  any_file '/usr/lib/llvm-*/lib/libclang.so*' '/usr/lib/*/libclang*.so*' || missing+=(libclang-dev)
+  # Not libclang-cpp, which comes with LLVM and is another library.
+  any_file '/usr/lib/llvm-*/lib/libclang.so*' '/usr/lib/*/libclang.so*' '/usr/lib/*/libclang-[0-9]*.so*' || missing+=(libclang-dev)
   any_file '/usr/lib/gcc/*/*/include/stddef.h' '/usr/lib/clang/*/include/stddef.h' || missing+=(clang)
   python3 -m pip --version >/dev/null 2>&1 || missing+=(python3-pip)
   [ "${#missing[@]}" = 0 ] && return
