@@ -61,7 +61,7 @@ mod constants {
 #[cfg(target_arch = "x86_64")]
 use constants::*;
 
-/// Some rows of activations, a group of weights, and where their products go.
+/// Some rows of activations, a group of weights or two, and where their products go.
 #[derive(Clone, Copy)]
 struct Panel {
     blocks: usize,
@@ -75,6 +75,8 @@ struct Panel {
     offset_sums: *const i32,
     /// `[blocks]` tiles
     w: *const u8,
+    /// Of the group after this one, if it is the panel's, too; its products are the next [`GROUP`] columns.
+    second: Option<*const u8>,
     /// The tiles of the group that comes next, probably; they are fetched, not read.
     next: *const u8,
     /// `[rows, stride]`, of which the first [`GROUP`] columns are written.
@@ -104,6 +106,11 @@ impl Panel {
     }
 }
 
+/// Groups of a panel at most.
+fn panel_groups(level: Level) -> usize {
+    if level >= Level::Avx512 { 2 } else { 1 }
+}
+
 /// See `super::float::product`; the group that comes after these, if it is not the segment's following one, is `next`.
 pub(super) fn product(
     level: Level,
@@ -119,9 +126,14 @@ pub(super) fn product(
     assert!(rows.end * blocks <= quantized.scales().len() && rows.len() <= out.rows(), "rows that are there");
     assert!(groups.len() * GROUP <= out.stride() && level.is_available(), "a tile for the groups");
     let (first, stride) = (rows.start * blocks, out.stride());
-    for (index, group) in groups.clone().enumerate() {
-        let w = segment.group(group);
-        let next = next.filter(|_| group + 1 == groups.end).map_or(w.as_ptr_range().end, <[u8]>::as_ptr);
+    for first_group in groups.clone().step_by(panel_groups(level)) {
+        let (w, index) = (segment.group(first_group), first_group - groups.start);
+        let second = (first_group + 1..groups.end.min(first_group + panel_groups(level))).next();
+        let second = second.map(|group| segment.group(group));
+        let last = second.unwrap_or(w);
+        let next = next
+            .filter(|_| first_group + panel_groups(level) >= groups.end)
+            .map_or(last.as_ptr_range().end, <[u8]>::as_ptr);
         let panel = Panel {
             blocks,
             x: quantized.elements()[first * BLOCK..].as_ptr(),
@@ -129,6 +141,7 @@ pub(super) fn product(
             scaled_sums: quantized.scaled_sums()[first..].as_ptr(),
             offset_sums: quantized.offset_sums()[first * SUMS..].as_ptr(),
             w: w.as_ptr(),
+            second: second.map(<[u8]>::as_ptr),
             next,
             out: out.row_mut(0)[index * GROUP..].as_mut_ptr(),
             stride,
