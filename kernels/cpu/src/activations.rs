@@ -49,7 +49,7 @@ impl Forms {
                     forms.quantized = true;
                     forms.bounded |= format == Format::Q8 && level == Level::Avx2;
                 }
-                Format::Bf16 if level >= Level::Avx512 => forms.bf16 = true,
+                Format::Bf16 if level >= Level::Avx512Bf16 => forms.bf16 = true,
                 _ => forms.f32 = true,
             }
         }

@@ -9,7 +9,6 @@
 use torus_abi::kernel::{parallel_for, threads};
 
 use crate::{
-    Level,
     activations::Element,
     level,
     shared::Shared,
@@ -32,7 +31,7 @@ pub use block::Block;
 use pages::Compute;
 pub use pages::{KvElement, PoolShape};
 use softmax::Partial;
-use tile::{BLOCK_TOKENS, Products, Tile, products};
+use tile::{BLOCK_TOKENS, Products, Tile, products, products_in_f32};
 
 /// The name of the pages' and the metadata's layout. An attention plugin that answers it lets the host serve coarser
 /// imports with these kernels.
@@ -199,13 +198,9 @@ fn attention_for<X: Element, Y: Element, K: KvElement>(
     Y::clear(&mut out[step.tokens() * width..]);
     let tiles = tiles(params, step);
     let work = Work { params, step, tasks: cut(params, step, &tiles, threads), tiles };
-    match level() {
-        #[cfg(target_arch = "x86_64")]
-        Level::Avx2 => {
-            let products: Products<f32, _> = (avx2::scores, avx2::weighted);
-            work.attend(products, &inputs.q, pool, scales, out);
-        }
-        level => work.attend(products(level), &inputs.q, pool, scales, out),
+    match products_in_f32(level()) {
+        Some(products) => work.attend(products, &inputs.q, pool, scales, out),
+        None => work.attend(products(level()), &inputs.q, pool, scales, out),
     }
     Ok(())
 }

@@ -84,7 +84,7 @@ impl QuantizedRows {
         match level {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: the level is available.
-            Level::Avx512 | Level::Amx => unsafe { quantize_avx512(values, &mut blocks) },
+            Level::Avx512 | Level::Avx512Bf16 | Level::Amx => unsafe { quantize_avx512(values, &mut blocks) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
             Level::Avx2 if self.bounded => unsafe { quantize_avx2::<true>(values, &mut blocks) },

@@ -7,6 +7,8 @@
 
 use std::arch::x86_64::*;
 
+use half::bf16;
+
 use super::{
     STRIP_ROWS,
     pages::{Compute, GROUP},
@@ -16,188 +18,199 @@ use super::{
 /// Bytes of a register.
 const REGISTER: usize = 64;
 
-/// Calls a function whose first constant is a number of rows.
-macro_rules! for_rows {
-    ($rows:expr, $function:ident, [$($rest:tt)*], $arguments:tt) => {
-        match $rows {
-            1 => $function::<1, $($rest)*> $arguments,
-            2 => $function::<2, $($rest)*> $arguments,
-            3 => $function::<3, $($rest)*> $arguments,
-            4 => $function::<4, $($rest)*> $arguments,
-            5 => $function::<5, $($rest)*> $arguments,
-            6 => $function::<6, $($rest)*> $arguments,
-            7 => $function::<7, $($rest)*> $arguments,
-            8 => $function::<8, $($rest)*> $arguments,
-            9 => $function::<9, $($rest)*> $arguments,
-            10 => $function::<10, $($rest)*> $arguments,
-            11 => $function::<11, $($rest)*> $arguments,
-            _ => $function::<12, $($rest)*> $arguments,
-        }
-    };
+/// How elements of queries or weights are multiplied with those of keys or values. A *step* is one register of these.
+trait Kind {
+    /// Elements of queries and weights.
+    type X;
+    /// How many of a row are in a step.
+    const ELEMENTS: usize;
+    type W: Copy;
+
+    /// # Safety
+    /// A register is at `w`, and the kind's instructions are there.
+    unsafe fn load(w: *const u8) -> Self::W;
+    /// # Safety
+    /// As above, and a step's elements are at `x`.
+    unsafe fn add(sums: __m512, w: Self::W, x: *const Self::X) -> __m512;
+    /// [`score`] where the kind's instructions are enabled.
+    ///
+    /// # Safety
+    /// That of [`score`].
+    unsafe fn score<const M: usize, const N: usize, const S: usize>(
+        q: *const Self::X,
+        head_dim: usize,
+        keys: [*const u8; N],
+        out: *mut f32,
+    );
+    /// [`weigh`] where the kind's instructions are enabled.
+    ///
+    /// # Safety
+    /// That of [`weigh`].
+    unsafe fn weigh<const M: usize, const N: usize, const S: usize>(
+        values: &Values<'_>,
+        weights: *const Self::X,
+        sums: *mut f32,
+    );
 }
 
-/// The two loops over one float format: `stream` for few rows and one group, `pair` for many rows and two groups.
-macro_rules! float {
-    ($stream:ident, $pair:ident, $x:ty, $bytes:literal, |$weights:ident| $load:expr, |$sum:ident, $w:ident, $value:ident| $add:expr) => {
-        /// # Safety
-        /// `x` points to `M` rows of `steps` elements, `x_stride` apart, `weights` to a group of as many, `out` to `M` rows of 16,
-        /// `out_stride` apart.
-        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni")]
-        unsafe fn $stream<const M: usize>(
-            x: *const $x,
-            x_stride: usize,
-            weights: *const u8,
-            steps: usize,
-            out: *mut f32,
-            out_stride: usize,
-        ) {
-            const UNROLL: usize = 8;
-            // Accumulators of a row: together at least as many as hide the latency.
-            let chains = const {
-                if M == 1 {
-                    8
-                } else if M < 4 {
-                    4
-                } else if M < 7 {
-                    2
-                } else {
-                    1
-                }
-            };
-            let mut sums = [[_mm512_setzero_ps(); UNROLL]; M];
-            let whole = steps / UNROLL * UNROLL;
-            let mut step = 0;
-            // SAFETY: the caller's promise.
-            unsafe {
-                while step < whole {
-                    for unrolled in 0..UNROLL {
-                        let $weights = weights.add((step + unrolled) * $bytes);
-                        fetch($weights.add(steps * $bytes));
-                        let $w = $load;
-                        for row in 0..M {
-                            let $value = x.add(row * x_stride + step + unrolled).read_unaligned();
-                            let $sum = sums[row][unrolled % chains];
-                            sums[row][unrolled % chains] = $add;
-                        }
-                    }
-                    step += UNROLL;
-                }
-                while step < steps {
-                    let $weights = weights.add(step * $bytes);
-                    let $w = $load;
-                    for row in 0..M {
-                        let $value = x.add(row * x_stride + step).read_unaligned();
-                        let $sum = sums[row][0];
-                        sums[row][0] = $add;
-                    }
-                    step += 1;
-                }
-                for row in 0..M {
-                    let mut total = sums[row][0];
-                    for chain in 1..chains {
-                        total = _mm512_add_ps(total, sums[row][chain]);
-                    }
-                    _mm512_storeu_ps(out.add(row * out_stride), total);
-                }
-            }
-        }
+macro_rules! kind {
+    (
+        $(#[$doc:meta])* $name:ident, $features:literal, $x:ty, $elements:literal, $w:ty,
+        |$at:ident| $load:expr, |$sums:ident, $loaded:ident, $value:ident| $add:expr
+    ) => {
+        $(#[$doc])*
+        struct $name;
 
-        /// # Safety
-        /// As above, with two groups, and rows of 32 in `out`.
-        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni")]
-        unsafe fn $pair<const M: usize>(
-            x: *const $x,
-            x_stride: usize,
-            weights: [*const u8; 2],
-            steps: usize,
-            out: *mut f32,
-            out_stride: usize,
-        ) {
-            let mut sums = [[_mm512_setzero_ps(); 2]; M];
-            // SAFETY: the caller's promise.
-            unsafe {
-                for step in 0..steps {
-                    let both = [weights[0].add(step * $bytes), weights[1].add(step * $bytes)];
-                    both.iter().for_each(|weights| fetch(weights.add(steps * $bytes)));
-                    let both = both.map(|$weights| $load);
-                    for row in 0..M {
-                        let $value = x.add(row * x_stride + step).read_unaligned();
-                        for side in 0..2 {
-                            let ($sum, $w) = (sums[row][side], both[side]);
-                            sums[row][side] = $add;
-                        }
-                    }
-                }
-                for row in 0..M {
-                    for side in 0..2 {
-                        _mm512_storeu_ps(out.add(row * out_stride + side * GROUP), sums[row][side]);
-                    }
-                }
+        impl Kind for $name {
+            type X = $x;
+            type W = $w;
+            const ELEMENTS: usize = $elements;
+
+            #[inline(always)]
+            unsafe fn load($at: *const u8) -> $w {
+                // SAFETY: the caller's promise.
+                unsafe { $load }
+            }
+
+            #[inline(always)]
+            unsafe fn add($sums: __m512, $loaded: $w, $value: *const $x) -> __m512 {
+                // SAFETY: the caller's promise.
+                unsafe { $add }
+            }
+
+            #[target_feature(enable = $features)]
+            unsafe fn score<const M: usize, const N: usize, const S: usize>(
+                q: *const $x,
+                head_dim: usize,
+                keys: [*const u8; N],
+                out: *mut f32,
+            ) {
+                // SAFETY: the caller's promise.
+                unsafe { score::<Self, M, N, S>(q, head_dim, keys, out) };
+            }
+
+            #[target_feature(enable = $features)]
+            unsafe fn weigh<const M: usize, const N: usize, const S: usize>(
+                values: &Values<'_>,
+                weights: *const $x,
+                sums: *mut f32,
+            ) {
+                // SAFETY: the caller's promise.
+                unsafe { weigh::<Self, M, N, S>(values, weights, sums) };
             }
         }
     };
 }
 
-float!(
-    bf16_stream,
-    bf16_pair,
-    i32,
-    64,
-    |weights| _mm512_loadu_si512(weights.cast()),
-    |sum, w, value| _mm512_dpbf16_ps(sum, pairs(w), pairs(_mm512_set1_epi32(value)))
+kind!(
+    /// All in f32.
+    Plain,
+    "avx512f,avx512bw,avx512dq,avx512vl",
+    f32,
+    1,
+    __m512,
+    |w| _mm512_loadu_ps(w.cast()),
+    |sums, w, x| _mm512_fmadd_ps(w, _mm512_set1_ps(*x), sums)
 );
-float!(f32_stream, f32_pair, f32, 64, |weights| _mm512_loadu_ps(weights.cast()), |sum, w, value| _mm512_fmadd_ps(
-    w,
-    _mm512_set1_ps(value),
-    sum
-));
+kind!(
+    /// Pairs of bf16, widened on the way, with f32.
+    Widened,
+    "avx512f,avx512bw,avx512dq,avx512vl",
+    f32,
+    2,
+    [__m512; 2],
+    |w| {
+        let pairs = _mm512_loadu_si512(w.cast());
+        let second = _mm512_and_si512(pairs, _mm512_set1_epi32(0xffff_0000_u32 as i32));
+        [_mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs)), _mm512_castsi512_ps(second)]
+    },
+    |sums, w, x| {
+        let sums = _mm512_fmadd_ps(w[0], _mm512_set1_ps(*x), sums);
+        _mm512_fmadd_ps(w[1], _mm512_set1_ps(*x.add(1)), sums)
+    }
+);
+kind!(
+    /// Pairs of bf16 with pairs of bf16.
+    Dots,
+    "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16",
+    bf16,
+    2,
+    __m512i,
+    |w| _mm512_loadu_si512(w.cast()),
+    |sums, w, x| {
+        let x = _mm512_set1_epi32(x.cast::<i32>().read_unaligned());
+        _mm512_dpbf16_ps(sums, std::mem::transmute::<__m512i, __m512bh>(w), std::mem::transmute::<__m512i, __m512bh>(x))
+    }
+);
 
-/// Asks for a line of memory that will be read.
-#[inline(always)]
-fn fetch(line: *const u8) {
-    // SAFETY: nothing is read.
-    unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) };
+/// Calls a function whose constants are a number of rows and of registers at a time, and how many sums of an element hide the
+/// latency together.
+macro_rules! for_rows {
+    ($rows:expr, $sides:literal, $kind:ident::$function:ident $arguments:tt) => {
+        match $rows {
+            1 => $kind::$function::<1, $sides, 4> $arguments,
+            2 => $kind::$function::<2, $sides, 2> $arguments,
+            3 => $kind::$function::<3, $sides, 2> $arguments,
+            4 => $kind::$function::<4, $sides, 1> $arguments,
+            5 => $kind::$function::<5, $sides, 1> $arguments,
+            6 => $kind::$function::<6, $sides, 1> $arguments,
+            7 => $kind::$function::<7, $sides, 1> $arguments,
+            8 => $kind::$function::<8, $sides, 1> $arguments,
+            9 => $kind::$function::<9, $sides, 1> $arguments,
+            10 => $kind::$function::<10, $sides, 1> $arguments,
+            11 => $kind::$function::<11, $sides, 1> $arguments,
+            _ => $kind::$function::<12, $sides, 1> $arguments,
+        }
+    };
 }
 
-#[inline(always)]
-fn pairs(bits: __m512i) -> __m512bh {
-    // SAFETY: both are 512 bits without invalid values.
-    unsafe { std::mem::transmute(bits) }
+pub(super) fn scores<X: Compute, C: Compute>(q: &[X], rows: usize, head_dim: usize, groups: &[&[C]], out: &mut [f32]) {
+    match (X::PAIRS, C::PAIRS) {
+        (true, true) => scores_of::<Dots, X, C>(q, rows, head_dim, groups, out),
+        (false, true) => scores_of::<Widened, X, C>(q, rows, head_dim, groups, out),
+        (false, false) => scores_of::<Plain, X, C>(q, rows, head_dim, groups, out),
+        (true, false) => unreachable!("pairs of queries with single keys"),
+    }
 }
 
-pub(super) fn scores<C: Compute>(q: &[C], rows: usize, head_dim: usize, groups: &[&[C]], out: &mut [f32]) {
+pub(super) fn weighted<X: Compute, C: Compute>(
+    weights: &[X],
+    rows: usize,
+    head_dim: usize,
+    groups: &[&[C]],
+    next: &Next,
+    sums: &mut [f32],
+) {
+    match (X::PAIRS, C::PAIRS) {
+        (true, true) => weighted_of::<Dots, X, C>(weights, rows, head_dim, groups, next, sums),
+        (false, true) => weighted_of::<Widened, X, C>(weights, rows, head_dim, groups, next, sums),
+        (false, false) => weighted_of::<Plain, X, C>(weights, rows, head_dim, groups, next, sums),
+        (true, false) => unreachable!("pairs of weights with single values"),
+    }
+}
+
+/// For a kind whose elements those of `q` are.
+fn scores_of<K: Kind, X: Compute, C: Compute>(q: &[X], rows: usize, head_dim: usize, groups: &[&[C]], out: &mut [f32]) {
     assert!((1..=STRIP_ROWS).contains(&rows) && q.len() >= rows * head_dim && out.len() >= rows * BLOCK_TOKENS);
     assert!(groups.len() * GROUP <= BLOCK_TOKENS && groups.iter().all(|group| group.len() == 2 * GROUP * head_dim));
-    assert!(head_dim.is_multiple_of(16));
-    let q = q.as_ptr();
+    assert!(head_dim.is_multiple_of(16) && size_of::<K::X>() == size_of::<X>());
     for (index, both) in groups.chunks(2).enumerate() {
-        let out = out[index * 2 * GROUP..].as_mut_ptr();
+        let (q, out) = (q.as_ptr().cast(), out[index * 2 * GROUP..].as_mut_ptr());
         let first = both[0].as_ptr().cast();
         // SAFETY: this level has the instructions; `q` has `rows` rows of `head_dim`, `out` as many of `BLOCK_TOKENS`, and
         // each group begins with its keys (asserted above).
         unsafe {
-            match (C::PAIRS, both.get(1).map(|second| second.as_ptr().cast())) {
-                (true, Some(second)) => {
-                    let steps = head_dim / 2;
-                    for_rows!(rows, bf16_pair, [], (q.cast(), steps, [first, second], steps, out, BLOCK_TOKENS));
-                }
-                (true, None) => {
-                    let steps = head_dim / 2;
-                    for_rows!(rows, bf16_stream, [], (q.cast(), steps, first, steps, out, BLOCK_TOKENS));
-                }
-                (false, Some(second)) => {
-                    for_rows!(rows, f32_pair, [], (q.cast(), head_dim, [first, second], head_dim, out, BLOCK_TOKENS));
-                }
-                (false, None) => {
-                    for_rows!(rows, f32_stream, [], (q.cast(), head_dim, first, head_dim, out, BLOCK_TOKENS));
-                }
+            match both.get(1).map(|second| second.as_ptr().cast()) {
+                Some(second) => for_rows!(rows, 2, K::score(q, head_dim, [first, second], out)),
+                None => for_rows!(rows, 1, K::score(q, head_dim, [first], out)),
             }
         }
     }
 }
 
-pub(super) fn weighted<C: Compute>(
-    weights: &[C],
+/// For a kind whose elements those of `weights` are.
+fn weighted_of<K: Kind, X: Compute, C: Compute>(
+    weights: &[X],
     rows: usize,
     head_dim: usize,
     groups: &[&[C]],
@@ -206,92 +219,147 @@ pub(super) fn weighted<C: Compute>(
 ) {
     assert!((1..=STRIP_ROWS).contains(&rows) && weights.len() >= rows * BLOCK_TOKENS && sums.len() >= rows * head_dim);
     assert!(groups.len() * GROUP <= BLOCK_TOKENS && groups.iter().all(|group| group.len() == 2 * GROUP * head_dim));
-    assert!(head_dim.is_multiple_of(16));
-    let mut values = [std::ptr::null(); BLOCK_TOKENS / GROUP];
-    for (values, group) in values.iter_mut().zip(groups) {
+    assert!(head_dim.is_multiple_of(16) && size_of::<K::X>() == size_of::<X>());
+    let mut of_groups = [std::ptr::null(); BLOCK_TOKENS / GROUP];
+    for (values, group) in of_groups.iter_mut().zip(groups) {
         *values = group[GROUP * head_dim..].as_ptr().cast::<u8>();
     }
-    let (values, weights, sums) = (&values[..groups.len()], weights.as_ptr(), sums.as_mut_ptr());
-    let mut block = 0;
-    while block < head_dim / 16 {
-        let pair = block + 1 < head_dim / 16;
+    let weights = weights.as_ptr().cast();
+    for block in (0..head_dim / 16).step_by(2) {
+        let values = Values { of_groups: &of_groups[..groups.len()], next, head_dim, block };
         // SAFETY: this level has the instructions; the rows are as long as the loops go, each group ends with its values,
         // and there are one or two blocks of 16 dimensions more (asserted above).
         unsafe {
-            let sums = sums.add(block * 16);
-            match (C::PAIRS, pair) {
-                (true, true) => {
-                    for_rows!(rows, weighted_bf16, [2], (weights.cast(), head_dim, block, values, next, sums))
-                }
-                (true, false) => {
-                    for_rows!(rows, weighted_bf16, [1], (weights.cast(), head_dim, block, values, next, sums))
-                }
-                (false, true) => {
-                    for_rows!(rows, weighted_f32, [2], (weights.cast(), head_dim, block, values, next, sums))
-                }
-                (false, false) => {
-                    for_rows!(rows, weighted_f32, [1], (weights.cast(), head_dim, block, values, next, sums))
-                }
+            let sums = sums.as_mut_ptr().add(block * 16);
+            match block + 1 < head_dim / 16 {
+                true => for_rows!(rows, 2, K::weigh(&values, weights, sums)),
+                false => for_rows!(rows, 1, K::weigh(&values, weights, sums)),
             }
         }
-        block += 2;
     }
 }
 
-/// `N` blocks of 16 dimensions at a time, with a number of blocks known to the compiler, so that sums stay in registers.
-macro_rules! weighted {
-    ($name:ident, $x:ty, $steps:literal, |$sum:ident, $w:ident, $value:ident| $add:expr) => {
-        /// # Safety
-        /// `weights` points to `M` rows of [`BLOCK_TOKENS`] elements, `values` to groups of values, `sums` to `M` rows that are
-        /// `head_dim` apart, from dimension `16 * block` on.
-        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni")]
-        unsafe fn $name<const M: usize, const N: usize>(
-            weights: *const $x,
-            head_dim: usize,
-            block: usize,
-            values: &[*const u8],
-            next: &Next,
-            sums: *mut f32,
-        ) {
-            /// Registers of a group's values for 16 dimensions.
-            const STEPS: usize = $steps;
-            const STRIDE: usize = BLOCK_TOKENS / GROUP * STEPS;
+/// The values of some dimensions, over all groups.
+struct Values<'a> {
+    of_groups: &'a [*const u8],
+    /// What comes next of each group.
+    next: &'a Next,
+    head_dim: usize,
+    /// The first 16 of the dimensions, as one of so many.
+    block: usize,
+}
+
+/// # Safety
+/// `q` points to `M` rows of `head_dim` elements, each of `keys` to a group, `out` to `M` rows of `N` times 16 that are
+/// [`BLOCK_TOKENS`] apart; the kind's instructions are there.
+#[inline(always)]
+unsafe fn score<K: Kind, const M: usize, const N: usize, const S: usize>(
+    q: *const K::X,
+    head_dim: usize,
+    keys: [*const u8; N],
+    out: *mut f32,
+) {
+    let steps = head_dim / K::ELEMENTS;
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut sums = [[[_mm512_setzero_ps(); N]; M]; S];
+        let mut values = keys;
+        for values in &mut values {
+            *values = values.add(steps * REGISTER);
+        }
+        add_products::<K, M, N, S>(&mut sums, q, head_dim, keys, values, steps);
+        store(&sums, out, BLOCK_TOKENS);
+    }
+}
+
+/// # Safety
+/// `weights` points to `M` rows of [`BLOCK_TOKENS`] elements, `sums` to `M` rows that are `head_dim` apart, from the first of `N`
+/// times 16 dimensions on; the kind's instructions are there.
+#[inline(always)]
+unsafe fn weigh<K: Kind, const M: usize, const N: usize, const S: usize>(
+    values: &Values<'_>,
+    weights: *const K::X,
+    sums: *mut f32,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut held = [[[_mm512_setzero_ps(); N]; M]; S];
+        for (row, held) in held[0].iter_mut().enumerate() {
+            for (side, held) in held.iter_mut().enumerate() {
+                *held = _mm512_loadu_ps(sums.add(row * values.head_dim + side * 16));
+            }
+        }
+        let steps = GROUP / K::ELEMENTS;
+        let at = values.block * steps * REGISTER;
+        for (group, (own, next)) in values.of_groups.iter().zip(values.next).enumerate() {
+            let (mut w, mut ahead) = ([own.add(at); N], [next.wrapping_add(at); N]);
+            for side in 1..N {
+                w[side] = w[side].add(side * steps * REGISTER);
+                ahead[side] = ahead[side].wrapping_add(side * steps * REGISTER);
+            }
+            let x = weights.add(group * GROUP);
+            add_products::<K, M, N, S>(&mut held, x, BLOCK_TOKENS, w, ahead, steps);
+        }
+        store(&held, sums, values.head_dim);
+    }
+}
+
+/// `sums[row][side][lane] += sum over i of x[row][i] * w[side][i][lane]`, for 16 lanes and a number of steps that is a multiple
+/// of 4. As much as is read of each side is fetched from `ahead`.
+///
+/// # Safety
+/// `x` points to `M` rows, `stride` apart, each of `w` to a register for each step, and the kind's instructions are there.
+#[inline(always)]
+unsafe fn add_products<K: Kind, const M: usize, const N: usize, const S: usize>(
+    sums: &mut [[[__m512; N]; M]; S],
+    x: *const K::X,
+    stride: usize,
+    w: [*const u8; N],
+    ahead: [*const u8; N],
+    steps: usize,
+) {
+    const UNROLLED: usize = 4;
+    for first in (0..steps).step_by(UNROLLED) {
+        for unrolled in 0..UNROLLED {
+            let step = first + unrolled;
             // SAFETY: the caller's promise.
             unsafe {
-                let mut held = [[_mm512_setzero_ps(); N]; M];
-                for row in 0..M {
-                    for side in 0..N {
-                        held[row][side] = _mm512_loadu_ps(sums.add(row * head_dim + side * 16));
-                    }
+                let mut registers = [K::load(w[0].add(step * REGISTER)); N];
+                for side in 0..N {
+                    _mm_prefetch::<_MM_HINT_T0>(ahead[side].wrapping_add(step * REGISTER).cast());
+                    registers[side] = K::load(w[side].add(step * REGISTER));
                 }
-                for (group, (values, next)) in values.iter().zip(next).enumerate() {
-                    let values = values.add(block * STEPS * REGISTER);
-                    let next = next.wrapping_add(block * STEPS * REGISTER);
-                    for step in 0..STEPS {
-                        let mut registers = [_mm512_setzero_si512(); N];
-                        for side in 0..N {
-                            let register = (side * STEPS + step) * REGISTER;
-                            registers[side] = _mm512_loadu_si512(values.add(register).cast());
-                            fetch(next.wrapping_add(register));
-                        }
-                        for row in 0..M {
-                            let $value = weights.add(row * STRIDE + group * STEPS + step).read_unaligned();
-                            for side in 0..N {
-                                let ($sum, $w) = (held[row][side], registers[side]);
-                                held[row][side] = $add;
-                            }
-                        }
-                    }
-                }
-                for row in 0..M {
-                    for side in 0..N {
-                        _mm512_storeu_ps(sums.add(row * head_dim + side * 16), held[row][side]);
+                for (row, sums) in sums[unrolled % S].iter_mut().enumerate() {
+                    let x = x.add(row * stride + step * K::ELEMENTS);
+                    for (sum, register) in sums.iter_mut().zip(registers) {
+                        *sum = K::add(*sum, register, x);
                     }
                 }
             }
         }
-    };
+    }
 }
 
-weighted!(weighted_bf16, i32, 8, |sum, w, value| _mm512_dpbf16_ps(sum, pairs(w), pairs(_mm512_set1_epi32(value))));
-weighted!(weighted_f32, f32, 16, |sum, w, value| _mm512_fmadd_ps(_mm512_castsi512_ps(w), _mm512_set1_ps(value), sum));
+/// Adds up the sums of each element, and writes them.
+///
+/// # Safety
+/// `out` points to `M` rows of `N` times 16, `stride` apart, and the level is available.
+#[inline(always)]
+unsafe fn store<const M: usize, const N: usize, const S: usize>(
+    sums: &[[[__m512; N]; M]; S],
+    out: *mut f32,
+    stride: usize,
+) {
+    for row in 0..M {
+        for side in 0..N {
+            // SAFETY: the caller's promise.
+            unsafe {
+                let mut total = sums[0][row][side];
+                for others in &sums[1..] {
+                    total = _mm512_add_ps(total, others[row][side]);
+                }
+                _mm512_storeu_ps(out.add(row * stride + side * 16), total);
+            }
+        }
+    }
+}

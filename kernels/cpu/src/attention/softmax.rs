@@ -81,7 +81,14 @@ pub(super) fn weigh<C: Compute>(
     match level {
         // SAFETY: the level is one that this machine has.
         #[cfg(target_arch = "x86_64")]
-        Level::Avx512 | Level::Amx => unsafe { x86::weigh_avx512(scores, visible, params.head_dim, out, weights) },
+        Level::Avx512 | Level::Avx512Bf16 | Level::Amx if C::PAIRS => unsafe {
+            x86::weigh_avx512_bf16(scores, visible, params.head_dim, out, weights);
+        },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512 | Level::Avx512Bf16 | Level::Amx => unsafe {
+            x86::weigh_avx512(scores, visible, params.head_dim, out, weights);
+        },
         #[cfg(target_arch = "x86_64")]
         Level::Avx2 => {
             // SAFETY: as above.

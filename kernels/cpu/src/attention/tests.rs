@@ -236,7 +236,7 @@ fn threads_share_what_a_long_sequence_sees() {
 #[test]
 fn all_levels_compute_the_same_products() {
     let mut random = ChaCha8Rng::seed_from_u64(12);
-    for (rows, head_dim, groups) in [(1, 16, 1), (5, 48, 3), (12, 64, 4)] {
+    for (rows, head_dim, groups) in [(1, 16, 1), (3, 80, 4), (5, 48, 3), (12, 64, 4)] {
         let mut values = |len: usize| -> Vec<f32> { (0..len).map(|_| random.random_range(-1f32..1.0)).collect() };
         let (q, weights, sums) = (values(rows * head_dim), values(rows * BLOCK_TOKENS), values(rows * head_dim));
         let cached: Vec<_> = (0..groups).map(|_| values(32 * head_dim)).collect();
@@ -249,16 +249,26 @@ fn all_levels_compute_the_same_products() {
             head_dim: usize,
         ) {
             let convert = |values: &[f32]| values.iter().map(|value| C::from_f32(*value)).collect::<Vec<C>>();
-            let (q, weights) = (convert(q), convert(weights));
+            let (q, weights) = (&convert(q), &convert(weights));
             let cached: Vec<_> = cached.iter().map(|group| convert(group)).collect();
             let groups: Vec<_> = cached.iter().map(Vec::as_slice).collect();
-            let results = crate::Level::available().map(|level| {
+            let next = [std::ptr::null(); 4];
+            let same = crate::Level::available().map(|level| {
                 let (mut scores, mut sums) = (vec![0f32; rows * BLOCK_TOKENS], sums.to_vec());
-                tile::products::<C>(level).0(&q, rows, head_dim, &groups, &mut scores);
-                tile::products::<C>(level).1(&weights, rows, head_dim, &groups, &[std::ptr::null(); 4], &mut sums);
+                tile::products::<C>(level).0(q, rows, head_dim, &groups, &mut scores);
+                tile::products::<C>(level).1(weights, rows, head_dim, &groups, &next, &mut sums);
                 [scores, sums].concat()
             });
-            let results: Vec<_> = results.collect();
+            // The same values, so that results are the same but for the order of sums.
+            let rounded = [q, weights].map(|values| values.iter().map(|value| value.to_f32()).collect::<Vec<_>>());
+            let in_f32 = crate::Level::available().filter_map(|level| {
+                let products = tile::products_in_f32::<C>(level)?;
+                let (mut scores, mut sums) = (vec![0f32; rows * BLOCK_TOKENS], sums.to_vec());
+                products.0(&rounded[0], rows, head_dim, &groups, &mut scores);
+                products.1(&rounded[1], rows, head_dim, &groups, &next, &mut sums);
+                Some([scores, sums].concat())
+            });
+            let results: Vec<_> = same.chain(in_f32).collect();
             for other in &results[1..] {
                 let close = |(a, b): (&f32, &f32)| (a - b).abs() < 1e-4;
                 assert!(results[0].iter().zip(other).all(close), "{rows} rows of {head_dim}");

@@ -186,7 +186,19 @@ pub(super) type Next = [*const u8; BLOCK_GROUPS];
 pub(super) fn products<C: Compute>(level: Level) -> Products<C, C> {
     match level {
         #[cfg(target_arch = "x86_64")]
-        Level::Avx512 | Level::Amx => (super::avx512::scores::<C>, super::avx512::weighted::<C>),
+        Level::Avx512Bf16 => (super::avx512::scores::<C, C>, super::avx512::weighted::<C, C>),
         _ => (portable::scores::<C>, portable::weighted::<C>),
+    }
+}
+
+/// Products of queries and weights in f32, where these are the faster ones.
+pub(super) fn products_in_f32<C: Compute>(level: Level) -> Option<Products<f32, C>> {
+    match level {
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2 => Some((super::avx2::scores, super::avx2::weighted)),
+        // Where there is a matrix unit, too, the dot products of vectors are slow.
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512 | Level::Amx => Some((super::avx512::scores::<f32, C>, super::avx512::weighted::<f32, C>)),
+        _ => None,
     }
 }

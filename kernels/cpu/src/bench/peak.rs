@@ -11,7 +11,7 @@ use crate::{linear::is_widened, packed::Format};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Arithmetic {
     F32,
-    /// Pairs of bf16, added in f32.
+    /// Pairs of bf16, added in f32: in dot products where these are used, else as f32.
     Bf16,
     /// The same in the matrix unit.
     Tiles,
@@ -39,18 +39,20 @@ impl Arithmetic {
 pub fn peak(arithmetic: Arithmetic) -> Option<f64> {
     #[cfg(target_arch = "x86_64")]
     {
-        use Level::{Amx, Avx2, Avx512};
+        use Level::{Amx, Avx2, Avx512, Avx512Bf16};
         const ROUNDS: usize = 50_000;
         // What runs, and operations of its instructions for each sum.
         let (run, each): (fn(usize), usize) = match (level(), arithmetic) {
             // SAFETY: here and below, the level is one that this machine has.
             (Amx, Arithmetic::Tiles) => (|rounds| unsafe { amx::multiply_bf16(rounds) }, 16 * 16 * 64),
+            (Avx512 | Amx, Arithmetic::F32 | Arithmetic::Bf16) | (Avx512Bf16, Arithmetic::F32) => {
+                // SAFETY: as above.
+                (|rounds| _ = black_box(unsafe { multiply_f32(rounds) }), 32)
+            }
             // SAFETY: as above.
-            (Avx512 | Amx, Arithmetic::F32) => (|rounds| _ = black_box(unsafe { multiply_f32(rounds) }), 32),
+            (Avx512Bf16, Arithmetic::Bf16) => (|rounds| _ = black_box(unsafe { multiply_bf16(rounds) }), 64),
             // SAFETY: as above.
-            (Avx512 | Amx, Arithmetic::Bf16) => (|rounds| _ = black_box(unsafe { multiply_bf16(rounds) }), 64),
-            // SAFETY: as above.
-            (Avx512 | Amx, _) => (|rounds| _ = black_box(unsafe { multiply_int8(rounds) }), 128),
+            (Avx512 | Avx512Bf16 | Amx, _) => (|rounds| _ = black_box(unsafe { multiply_int8(rounds) }), 128),
             // SAFETY: as above.
             (Avx2, Arithmetic::Int8) => (|rounds| _ = black_box(unsafe { avx2::multiply_int8(rounds) }), 64),
             // SAFETY: as above.

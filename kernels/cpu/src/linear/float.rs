@@ -1,5 +1,5 @@
 //! Products with segments of floats: f32 and f16 by multiplying and adding in f32, bf16 with the dot products of pairs
-//! where there are such, else as f32.
+//! where there are such that are fast, else as f32.
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
@@ -34,14 +34,16 @@ pub(super) fn product(
         (Level::Avx2, _) if x.is_in_panels() => job.run_panels(),
         // The level says that the machine has the instructions.
         #[cfg(target_arch = "x86_64")]
-        (Level::Avx512 | Level::Amx, Format::F32) => job.run::<x86::Avx512F32>(),
+        (Level::Avx512 | Level::Avx512Bf16 | Level::Amx, Format::F32) => job.run::<x86::Avx512F32>(),
         #[cfg(target_arch = "x86_64")]
-        (Level::Avx512 | Level::Amx, Format::F16) => job.run::<x86::Avx512F16>(),
+        (Level::Avx512 | Level::Avx512Bf16 | Level::Amx, Format::F16) => job.run::<x86::Avx512F16>(),
         #[cfg(target_arch = "x86_64")]
         (Level::Amx, Format::Bf16) if amx::takes(job.rows.len(), segment.columns) => job.run_amx(),
         // The level says that the machine has the instructions.
         #[cfg(target_arch = "x86_64")]
-        (Level::Avx512 | Level::Amx, Format::Bf16) => job.run::<x86::Avx512Bf16>(),
+        (Level::Avx512Bf16 | Level::Amx, Format::Bf16) => job.run::<x86::Avx512Bf16Dots>(),
+        #[cfg(target_arch = "x86_64")]
+        (Level::Avx512, Format::Bf16) => job.run::<x86::Avx512Bf16>(),
         #[cfg(target_arch = "x86_64")]
         (Level::Avx2, Format::F32) => job.run::<x86::Avx2F32>(),
         #[cfg(target_arch = "x86_64")]

@@ -150,7 +150,7 @@ pub(super) fn product(
         unsafe {
             match level {
                 #[cfg(target_arch = "x86_64")]
-                Level::Avx512 | Level::Amx => avx512::run(segment.format, panel, rows.len()),
+                Level::Avx512 | Level::Avx512Bf16 | Level::Amx => avx512::run(segment.format, panel, rows.len()),
                 #[cfg(target_arch = "x86_64")]
                 Level::Avx2 => avx2::run(segment.format, panel, rows.len()),
                 _ => portable::run(segment.format, panel, rows.len()),
@@ -169,7 +169,7 @@ pub(super) fn widen(level: Level, format: Format, group: &[u8], out: &mut [u8]) 
     match level {
         // SAFETY: the level is available, and both are of so many blocks.
         #[cfg(target_arch = "x86_64")]
-        Level::Avx512 | Level::Amx => unsafe { avx512::widen(format, group.as_ptr(), blocks, out.as_mut_ptr()) },
+        Level::Avx512Bf16 | Level::Amx => unsafe { avx512::widen(format, group.as_ptr(), blocks, out.as_mut_ptr()) },
         _ => portable::widen(format, group, out),
     }
 }

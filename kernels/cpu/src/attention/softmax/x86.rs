@@ -5,50 +5,68 @@ use std::{arch::x86_64::*, ops::Range};
 use super::{Partial, raise};
 use crate::attention::{pages::Compute, tile::BLOCK_TOKENS};
 
-/// See [`super::weigh`]: a row's scores stay in four registers.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-pub fn weigh_avx512<C: Compute>(
-    scores: &[f32],
-    visible: &[Range<usize>],
-    head_dim: usize,
-    out: &mut Partial,
-    weights: &mut [C],
-) {
-    const REGISTERS: usize = BLOCK_TOKENS / 16;
-    let rows = scores.as_chunks::<BLOCK_TOKENS>().0.iter().zip(weights.as_chunks_mut::<BLOCK_TOKENS>().0);
-    for (row, ((scores, weights), visible)) in rows.zip(visible).enumerate() {
-        let bits = |end: usize| if end == BLOCK_TOKENS { u64::MAX } else { (1 << end) - 1 };
-        let seen = bits(visible.end) & !bits(visible.start);
-        let masks: [u16; REGISTERS] = std::array::from_fn(|part| (seen >> (16 * part)) as u16);
-        let lowest = _mm512_set1_ps(f32::NEG_INFINITY);
-        let seen_scores: [__m512; REGISTERS] = std::array::from_fn(|part| {
-            // SAFETY: the row has so many scores.
-            unsafe { _mm512_mask_loadu_ps(lowest, masks[part], scores.as_ptr().add(16 * part)) }
-        });
-        let highest =
-            _mm512_max_ps(_mm512_max_ps(seen_scores[0], seen_scores[1]), _mm512_max_ps(seen_scores[2], seen_scores[3]));
-        let (peak, total) = (&mut out.peaks[row], &mut out.totals[row]);
-        raise(_mm512_reduce_max_ps(highest), peak, total, &mut out.sums[row * head_dim..][..head_dim]);
-        let origin = _mm512_set1_ps(if *peak == f32::NEG_INFINITY { 0.0 } else { *peak });
-        let powers: [__m512; REGISTERS] =
-            std::array::from_fn(|part| exp2_avx512::<C>(masks[part], _mm512_sub_ps(seen_scores[part], origin)));
-        let sum = _mm512_add_ps(_mm512_add_ps(powers[0], powers[1]), _mm512_add_ps(powers[2], powers[3]));
-        *total += _mm512_reduce_add_ps(sum);
-        for part in (0..REGISTERS).step_by(2) {
-            let to = weights[16 * part..].as_mut_ptr();
-            // SAFETY: the row has room for all registers, and an element is a pair's half or as wide as an f32.
-            unsafe {
-                if C::PAIRS {
-                    let narrowed = _mm512_cvtne2ps_pbh(powers[part + 1], powers[part]);
-                    _mm512_storeu_si512(to.cast(), std::mem::transmute::<__m512bh, __m512i>(narrowed));
-                } else {
-                    _mm512_storeu_ps(to.cast(), powers[part]);
-                    _mm512_storeu_ps(to.add(16).cast(), powers[part + 1]);
+/// Both registers of weights are what `$store` writes.
+macro_rules! weigh_avx512 {
+    ($name:ident, $what:literal, $features:literal, $store:expr) => {
+        #[doc = concat!("See [`super::weigh`]: a row's scores stay in four registers. For ", $what, ".")]
+        #[target_feature(enable = $features)]
+        pub fn $name<C: Compute>(
+            scores: &[f32],
+            visible: &[Range<usize>],
+            head_dim: usize,
+            out: &mut Partial,
+            weights: &mut [C],
+        ) {
+            const REGISTERS: usize = BLOCK_TOKENS / 16;
+            let rows = scores.as_chunks::<BLOCK_TOKENS>().0.iter().zip(weights.as_chunks_mut::<BLOCK_TOKENS>().0);
+            for (row, ((scores, weights), visible)) in rows.zip(visible).enumerate() {
+                let bits = |end: usize| if end == BLOCK_TOKENS { u64::MAX } else { (1 << end) - 1 };
+                let seen = bits(visible.end) & !bits(visible.start);
+                let masks: [u16; REGISTERS] = std::array::from_fn(|part| (seen >> (16 * part)) as u16);
+                let lowest = _mm512_set1_ps(f32::NEG_INFINITY);
+                let seen_scores: [__m512; REGISTERS] = std::array::from_fn(|part| {
+                    // SAFETY: the row has so many scores.
+                    unsafe { _mm512_mask_loadu_ps(lowest, masks[part], scores.as_ptr().add(16 * part)) }
+                });
+                let highest = _mm512_max_ps(
+                    _mm512_max_ps(seen_scores[0], seen_scores[1]),
+                    _mm512_max_ps(seen_scores[2], seen_scores[3]),
+                );
+                let (peak, total) = (&mut out.peaks[row], &mut out.totals[row]);
+                raise(_mm512_reduce_max_ps(highest), peak, total, &mut out.sums[row * head_dim..][..head_dim]);
+                let origin = _mm512_set1_ps(if *peak == f32::NEG_INFINITY { 0.0 } else { *peak });
+                let powers: [__m512; REGISTERS] =
+                    std::array::from_fn(|part| exp2_avx512::<C>(masks[part], _mm512_sub_ps(seen_scores[part], origin)));
+                let sum = _mm512_add_ps(_mm512_add_ps(powers[0], powers[1]), _mm512_add_ps(powers[2], powers[3]));
+                *total += _mm512_reduce_add_ps(sum);
+                for part in (0..REGISTERS).step_by(2) {
+                    let to = weights[16 * part..].as_mut_ptr();
+                    // SAFETY: the row has room for all registers.
+                    unsafe { $store([powers[part], powers[part + 1]], to.cast()) };
                 }
             }
         }
-    }
+    };
 }
+
+weigh_avx512!(
+    weigh_avx512,
+    "weights in f32",
+    "avx512f,avx512bw,avx512dq,avx512vl",
+    |both: [__m512; 2], to: *mut f32| {
+        _mm512_storeu_ps(to, both[0]);
+        _mm512_storeu_ps(to.add(16), both[1]);
+    }
+);
+weigh_avx512!(
+    weigh_avx512_bf16,
+    "weights in bf16",
+    "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16",
+    |both: [__m512; 2], to: *mut __m512i| {
+        let narrowed = _mm512_cvtne2ps_pbh(both[1], both[0]);
+        _mm512_storeu_si512(to, std::mem::transmute::<__m512bh, __m512i>(narrowed));
+    }
+);
 
 /// Terms of polynomials for `2^r` with `0 <= r < 1`, the highest power first, from a fit of least relative error: to
 /// within 1e-7, and to within 3e-6, which is far less than what bf16 rounds away.
@@ -69,7 +87,7 @@ fn exp2_avx512<C: Compute>(mask: u16, x: __m512) -> __m512 {
     _mm512_maskz_scalef_ps(mask, power, x)
 }
 
-/// As [`weigh_avx512`].
+/// As with AVX-512.
 #[target_feature(enable = "avx2,fma")]
 pub fn weigh_avx2<C: Compute>(
     scores: &[f32],

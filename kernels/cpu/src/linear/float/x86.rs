@@ -7,8 +7,16 @@ use crate::level::unknown;
 
 /// # Safety
 /// That of [`Panel::run`].
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
 unsafe fn run_avx512<K: Microkernel, const R: usize, const G: usize, const S: usize>(panel: &Panel) {
+    // SAFETY: as the caller says.
+    unsafe { panel.run::<K, R, G, S>() };
+}
+
+/// # Safety
+/// That of [`Panel::run`].
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+unsafe fn run_avx512_bf16<K: Microkernel, const R: usize, const G: usize, const S: usize>(panel: &Panel) {
     // SAFETY: as the caller says.
     unsafe { panel.run::<K, R, G, S>() };
 }
@@ -22,7 +30,7 @@ unsafe fn run_avx2<K: Microkernel, const R: usize, const G: usize, const S: usiz
 }
 
 macro_rules! avx512 {
-    ($name:ident, $weights:ty, $bf16:literal, $columns:literal, $bytes:literal, |$w:ident| $load:expr, |$sums:ident, $loaded:ident, $x:ident| $add:expr) => {
+    ($name:ident, $run:ident, $weights:ty, $bf16:literal, $columns:literal, $bytes:literal, |$w:ident| $load:expr, |$sums:ident, $loaded:ident, $x:ident| $add:expr) => {
         pub struct $name;
 
         impl Microkernel for $name {
@@ -73,21 +81,45 @@ macro_rules! avx512 {
             #[inline(always)]
             unsafe fn run<const R: usize, const G: usize, const S: usize>(panel: &Panel) {
                 // SAFETY: as the caller says.
-                unsafe { run_avx512::<Self, R, G, S>(panel) };
+                unsafe { $run::<Self, R, G, S>(panel) };
             }
         }
     };
 }
 
-avx512!(Avx512F32, __m512, false, 1, 64, |w| _mm512_loadu_ps(w.cast()), |sums, w, x| _mm512_fmadd_ps(
+avx512!(Avx512F32, run_avx512, __m512, false, 1, 64, |w| _mm512_loadu_ps(w.cast()), |sums, w, x| _mm512_fmadd_ps(
     w,
     _mm512_set1_ps(x.cast::<f32>().read()),
     sums
 ));
-avx512!(Avx512F16, __m512, false, 1, 32, |w| _mm512_cvtph_ps(_mm256_loadu_si256(w.cast())), |sums, w, x| {
-    _mm512_fmadd_ps(w, _mm512_set1_ps(x.cast::<f32>().read()), sums)
-});
-avx512!(Avx512Bf16, __m512i, true, 2, 64, |w| _mm512_loadu_si512(w.cast()), |sums, w, x| {
+avx512!(
+    Avx512F16,
+    run_avx512,
+    __m512,
+    false,
+    1,
+    32,
+    |w| _mm512_cvtph_ps(_mm256_loadu_si256(w.cast())),
+    |sums, w, x| _mm512_fmadd_ps(w, _mm512_set1_ps(x.cast::<f32>().read()), sums)
+);
+avx512!(
+    Avx512Bf16,
+    run_avx512,
+    [__m512; 2],
+    false,
+    2,
+    64,
+    |w| {
+        let pairs = _mm512_loadu_si512(w.cast());
+        let second = _mm512_and_si512(pairs, _mm512_set1_epi32(0xffff_0000_u32 as i32));
+        [_mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs)), _mm512_castsi512_ps(second)]
+    },
+    |sums, w, x| {
+        let sums = _mm512_fmadd_ps(w[0], _mm512_set1_ps(x.cast::<f32>().read()), sums);
+        _mm512_fmadd_ps(w[1], _mm512_set1_ps(x.cast::<f32>().add(1).read()), sums)
+    }
+);
+avx512!(Avx512Bf16Dots, run_avx512_bf16, __m512i, true, 2, 64, |w| _mm512_loadu_si512(w.cast()), |sums, w, x| {
     let pair = _mm512_set1_epi32(x.cast::<i32>().read_unaligned());
     _mm512_dpbf16_ps(sums, std::mem::transmute::<__m512i, __m512bh>(w), std::mem::transmute::<__m512i, __m512bh>(pair))
 });
