@@ -70,6 +70,11 @@ trait Microkernel {
     /// Rows of a register tile at most, up to 12, and its groups, 1 or 2.
     const ROWS: usize;
     const GROUPS: usize;
+    /// Rows of a register tile from which weights are asked for: arithmetic takes so long then that the processor does not see
+    /// far enough ahead on its own. For fewer, asking costs more than it brings.
+    const PREFETCHED: usize = 4;
+    /// How far ahead weights are asked for.
+    const AHEAD_BYTES: usize = 2048;
 
     /// # Safety
     /// The machine has the level.
@@ -178,8 +183,8 @@ unsafe fn step<K: Microkernel, const R: usize, const G: usize>(
 ) {
     // SAFETY: as the caller says.
     unsafe {
-        if R >= PREFETCHED {
-            (0..G).for_each(|group| K::prefetch(w.wrapping_add(group * w_stride + AHEAD_BYTES)));
+        if R >= K::PREFETCHED {
+            (0..G).for_each(|group| K::prefetch(w.wrapping_add(group * w_stride + K::AHEAD_BYTES)));
         }
         K::step::<R, G>(sums, x, x_stride, w, w_stride);
     }
@@ -233,11 +238,6 @@ impl Job<'_, '_> {
     }
 }
 
-/// From so many rows on, arithmetic takes so long that the processor does not see far enough ahead on its own. (For
-/// fewer, asking costs more than it brings.)
-const PREFETCHED: usize = 4;
-/// How far ahead weights are asked for.
-const AHEAD_BYTES: usize = 2048;
 /// Below so many rows, groups are read one at a time, with several sums for every element.
 const FEW: usize = 5;
 

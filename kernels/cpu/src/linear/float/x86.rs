@@ -41,6 +41,9 @@ macro_rules! avx512 {
             const STEP_BYTES: usize = $bytes;
             const ROWS: usize = 12;
             const GROUPS: usize = 2;
+            // On servers of many cores, memory is far away: a core by itself asks for too little at once.
+            const PREFETCHED: usize = 1;
+            const AHEAD_BYTES: usize = 4096;
 
             #[inline(always)]
             unsafe fn zero() -> __m512 {

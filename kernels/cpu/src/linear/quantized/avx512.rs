@@ -137,8 +137,9 @@ unsafe fn unpack<const F: u32>(tile: *const u8) -> [__m512i; 8] {
     }
 }
 
-/// About so far ahead, weights are fetched with each tile, of the next group where this one ends.
-const AHEAD_BYTES: usize = 8 << 10;
+/// About so far ahead, weights are fetched with each tile, of the next group where this one ends. A core by itself asks for too
+/// little at once, even for one row.
+const AHEAD_BYTES: usize = 4 << 10;
 
 /// Asks for the tile of weights that is used some blocks after this one, of a group or the one that comes then.
 #[inline(always)]
@@ -177,10 +178,7 @@ unsafe fn few_rows<const F: u32, const R: usize>(panel: Panel) {
         // SAFETY: the panel has tiles for all blocks, and `R` rows of them in the activations.
         unsafe {
             let tile = panel.w.add(block * format_of(F).tile_bytes());
-            if R > 1 {
-                // One row waits for memory all the time, which gives no more to who asks earlier.
-                fetch_ahead::<F>([panel.w, panel.next], blocks, block);
-            }
+            fetch_ahead::<F>([panel.w, panel.next], blocks, block);
             let w = unpack::<F>(tile);
             let scale = scales::<F>(tile, 0);
             let second = if has_minimum(F) || F == Q6 { scales::<F>(tile, 1) } else { scale };
