@@ -43,7 +43,7 @@ fn pieces(rows: usize) -> impl Iterator<Item = (usize, usize)> {
     })
 }
 
-pub(super) fn scores<C: Compute>(q: &[f32], rows: usize, head_dim: usize, groups: &[&[C]], out: &mut [f32]) {
+pub(super) fn scores<C: Compute>(q: &[f32], rows: usize, head_dim: usize, groups: &[&[C]], _: &Next, out: &mut [f32]) {
     assert!((1..=STRIP_ROWS).contains(&rows) && q.len() >= rows * head_dim && out.len() >= rows * BLOCK_TOKENS);
     assert!(groups.len() * GROUP <= BLOCK_TOKENS && groups.iter().all(|group| group.len() == 2 * GROUP * head_dim));
     assert!(head_dim.is_multiple_of(16));

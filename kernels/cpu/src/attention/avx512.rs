@@ -3,7 +3,8 @@
 //! A register holds 16 tokens' keys or 16 dimensions of values; each row has accumulators of its own, and an element (a
 //! pair) of queries or weights is broadcast from memory. Two registers at a time share a broadcast.
 //!
-//! As with AVX2, products with keys fetch the same group's values, those with values the next block's keys.
+//! Products with keys fetch the next block's keys, those with values its values, a line for each that is read: a few rows wait
+//! for memory, and by the time that the other half of a block takes (as with AVX2), it has not come.
 
 use std::arch::x86_64::*;
 
@@ -40,6 +41,7 @@ trait Kind {
         q: *const Self::X,
         head_dim: usize,
         keys: [*const u8; N],
+        next: [*const u8; N],
         out: *mut f32,
     );
     /// [`weigh`] where the kind's instructions are enabled.
@@ -83,10 +85,11 @@ macro_rules! kind {
                 q: *const $x,
                 head_dim: usize,
                 keys: [*const u8; N],
+                next: [*const u8; N],
                 out: *mut f32,
             ) {
                 // SAFETY: the caller's promise.
-                unsafe { score::<Self, M, N, S>(q, head_dim, keys, out) };
+                unsafe { score::<Self, M, N, S>(q, head_dim, keys, next, out) };
             }
 
             #[target_feature(enable = $features)]
@@ -164,11 +167,18 @@ macro_rules! for_rows {
     };
 }
 
-pub(super) fn scores<X: Compute, C: Compute>(q: &[X], rows: usize, head_dim: usize, groups: &[&[C]], out: &mut [f32]) {
+pub(super) fn scores<X: Compute, C: Compute>(
+    q: &[X],
+    rows: usize,
+    head_dim: usize,
+    groups: &[&[C]],
+    next: &Next,
+    out: &mut [f32],
+) {
     match (X::PAIRS, C::PAIRS) {
-        (true, true) => scores_of::<Dots, X, C>(q, rows, head_dim, groups, out),
-        (false, true) => scores_of::<Widened, X, C>(q, rows, head_dim, groups, out),
-        (false, false) => scores_of::<Plain, X, C>(q, rows, head_dim, groups, out),
+        (true, true) => scores_of::<Dots, X, C>(q, rows, head_dim, groups, next, out),
+        (false, true) => scores_of::<Widened, X, C>(q, rows, head_dim, groups, next, out),
+        (false, false) => scores_of::<Plain, X, C>(q, rows, head_dim, groups, next, out),
         (true, false) => unreachable!("pairs of queries with single keys"),
     }
 }
@@ -190,19 +200,26 @@ pub(super) fn weighted<X: Compute, C: Compute>(
 }
 
 /// For a kind whose elements those of `q` are.
-fn scores_of<K: Kind, X: Compute, C: Compute>(q: &[X], rows: usize, head_dim: usize, groups: &[&[C]], out: &mut [f32]) {
+fn scores_of<K: Kind, X: Compute, C: Compute>(
+    q: &[X],
+    rows: usize,
+    head_dim: usize,
+    groups: &[&[C]],
+    next: &Next,
+    out: &mut [f32],
+) {
     assert!((1..=STRIP_ROWS).contains(&rows) && q.len() >= rows * head_dim && out.len() >= rows * BLOCK_TOKENS);
     assert!(groups.len() * GROUP <= BLOCK_TOKENS && groups.iter().all(|group| group.len() == 2 * GROUP * head_dim));
     assert!(head_dim.is_multiple_of(16) && size_of::<K::X>() == size_of::<X>());
-    for (index, both) in groups.chunks(2).enumerate() {
+    for (index, (both, next)) in groups.chunks(2).zip(next.chunks(2)).enumerate() {
         let (q, out) = (q.as_ptr().cast(), out[index * 2 * GROUP..].as_mut_ptr());
         let first = both[0].as_ptr().cast();
         // SAFETY: this level has the instructions; `q` has `rows` rows of `head_dim`, `out` as many of `BLOCK_TOKENS`, and
         // each group begins with its keys (asserted above).
         unsafe {
             match both.get(1).map(|second| second.as_ptr().cast()) {
-                Some(second) => for_rows!(rows, 2, K::score(q, head_dim, [first, second], out)),
-                None => for_rows!(rows, 1, K::score(q, head_dim, [first], out)),
+                Some(second) => for_rows!(rows, 2, K::score(q, head_dim, [first, second], [next[0], next[1]], out)),
+                None => for_rows!(rows, 1, K::score(q, head_dim, [first], [next[0]], out)),
             }
         }
     }
@@ -257,17 +274,13 @@ unsafe fn score<K: Kind, const M: usize, const N: usize, const S: usize>(
     q: *const K::X,
     head_dim: usize,
     keys: [*const u8; N],
+    next: [*const u8; N],
     out: *mut f32,
 ) {
-    let steps = head_dim / K::ELEMENTS;
     // SAFETY: the caller's promise.
     unsafe {
         let mut sums = [[[_mm512_setzero_ps(); N]; M]; S];
-        let mut values = keys;
-        for values in &mut values {
-            *values = values.add(steps * REGISTER);
-        }
-        add_products::<K, M, N, S>(&mut sums, q, head_dim, keys, values, steps);
+        add_products::<K, M, N, S>(&mut sums, q, head_dim, keys, next, head_dim / K::ELEMENTS);
         store(&sums, out, BLOCK_TOKENS);
     }
 }
@@ -292,6 +305,8 @@ unsafe fn weigh<K: Kind, const M: usize, const N: usize, const S: usize>(
         let steps = GROUP / K::ELEMENTS;
         let at = values.block * steps * REGISTER;
         for (group, (own, next)) in values.of_groups.iter().zip(values.next).enumerate() {
+            // After its keys, which are as many.
+            let next = next.wrapping_add(values.head_dim / K::ELEMENTS * REGISTER);
             let (mut w, mut ahead) = ([own.add(at); N], [next.wrapping_add(at); N]);
             for side in 1..N {
                 w[side] = w[side].add(side * steps * REGISTER);

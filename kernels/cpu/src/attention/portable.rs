@@ -5,7 +5,7 @@ use super::{
     tile::{BLOCK_TOKENS, Next},
 };
 
-pub(super) fn scores<C: Compute>(q: &[C], rows: usize, head_dim: usize, groups: &[&[C]], out: &mut [f32]) {
+pub(super) fn scores<C: Compute>(q: &[C], rows: usize, head_dim: usize, groups: &[&[C]], _: &Next, out: &mut [f32]) {
     for (q, out) in q.chunks_exact(head_dim).zip(out.chunks_exact_mut(BLOCK_TOKENS)).take(rows) {
         for (group, out) in groups.iter().zip(out.chunks_exact_mut(GROUP)) {
             out.fill(0.0);

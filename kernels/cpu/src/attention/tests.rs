@@ -255,7 +255,7 @@ fn all_levels_compute_the_same_products() {
             let next = [std::ptr::null(); 4];
             let same = crate::Level::available().map(|level| {
                 let (mut scores, mut sums) = (vec![0f32; rows * BLOCK_TOKENS], sums.to_vec());
-                tile::products::<C>(level).0(q, rows, head_dim, &groups, &mut scores);
+                tile::products::<C>(level).0(q, rows, head_dim, &groups, &next, &mut scores);
                 tile::products::<C>(level).1(weights, rows, head_dim, &groups, &next, &mut sums);
                 [scores, sums].concat()
             });
@@ -264,7 +264,7 @@ fn all_levels_compute_the_same_products() {
             let in_f32 = crate::Level::available().filter_map(|level| {
                 let products = tile::products_in_f32::<C>(level)?;
                 let (mut scores, mut sums) = (vec![0f32; rows * BLOCK_TOKENS], sums.to_vec());
-                products.0(&rounded[0], rows, head_dim, &groups, &mut scores);
+                products.0(&rounded[0], rows, head_dim, &groups, &next, &mut scores);
                 products.1(&rounded[1], rows, head_dim, &groups, &next, &mut sums);
                 Some([scores, sums].concat())
             });

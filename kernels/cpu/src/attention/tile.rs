@@ -97,7 +97,7 @@ impl<'a, K: KvElement> Tile<'a, K> {
         std::array::from_fn(|index| self.group((range.start + index * GROUP).min(range.end - 1)).0.as_ptr().cast())
     }
 
-    /// Attends to the positions of `range`, with queries and weights as the products take them, and fetches the keys of
+    /// Attends to the positions of `range`, with queries and weights as the products take them, and fetches the groups of
     /// `after` at the end.
     pub fn attend<X: Compute>(
         &self,
@@ -146,7 +146,7 @@ impl<'a, K: KvElement> Tile<'a, K> {
                 }
                 let (blocks, seen) = (&blocks[first..last], start + first * GROUP..end.min(start + last * GROUP));
                 let (q, rows) = (&q[strip.start * head_dim..], strip.len());
-                (products.0)(q, rows, head_dim, blocks, &mut scores);
+                (products.0)(q, rows, head_dim, blocks, &next, &mut scores);
                 self.softmax(level, strip, seen, &mut scores, &mut weights, out);
                 (products.1)(&weights, rows, head_dim, blocks, &next, &mut out.sums);
             }
@@ -177,9 +177,9 @@ impl<'a, K: KvElement> Tile<'a, K> {
 /// `scores [rows, BLOCK_TOKENS]` = queries `[rows, head_dim]` times the keys of each group; and
 /// `sums [rows, head_dim]` += weights `[rows, BLOCK_TOKENS]` times the values of each group.
 pub(super) type Products<X, C> = (Product<X, C>, Weighted<X, C>);
-type Product<X, C> = fn(&[X], usize, usize, &[&[C]], &mut [f32]);
+type Product<X, C> = fn(&[X], usize, usize, &[&[C]], &Next, &mut [f32]);
 type Weighted<X, C> = fn(&[X], usize, usize, &[&[C]], &Next, &mut [f32]);
-/// Groups whose keys products may fetch meanwhile: the next block's, or any that are in the cache where blocks are copies.
+/// Groups that products may fetch meanwhile: the next block's, or any that are in the cache where blocks are copies.
 pub(super) type Next = [*const u8; BLOCK_GROUPS];
 
 /// Products of queries and weights that are rounded as the cache's elements are.
