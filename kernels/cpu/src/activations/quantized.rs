@@ -195,28 +195,128 @@ fn quantize_avx2<const BOUNDED: bool>(values: &[[f32; BLOCK]], blocks: &mut Bloc
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn quantize_avx512(values: &[[f32; BLOCK]], blocks: &mut Blocks<'_>) {
-    use std::arch::x86_64::*;
-    for (block, values) in values.iter().enumerate() {
-        // SAFETY: both halves are in the block.
-        let halves = unsafe { [_mm512_loadu_ps(values.as_ptr()), _mm512_loadu_ps(values.as_ptr().add(16))] };
-        // Classes of what is not finite: both kinds of what is not a number, and both infinities.
-        let odd = _mm512_fpclass_ps_mask::<0x99>(halves[0]) | _mm512_fpclass_ps_mask::<0x99>(halves[1]);
-        if odd != 0 {
-            blocks.elements[block] = [0; BLOCK];
-            blocks.note(block, f32::NAN, [0; 2]);
-            continue;
+    let (fours, rest) = values.as_chunks::<4>();
+    for (index, four) in fours.iter().enumerate() {
+        if !quantize_four(four, index * 4, blocks) {
+            for (block, values) in four.iter().enumerate() {
+                quantize_one_avx512(values, index * 4 + block, blocks);
+            }
         }
-        let largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(halves[0]), _mm512_abs_ps(halves[1])));
-        let inverse = _mm512_set1_ps(if largest > SMALLEST { 127.0 / largest } else { 0.0 });
-        let [low, high] = halves.map(|values| _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(values, inverse))));
-        let elements = _mm256_set_m128i(high, low);
-        // SAFETY: a block has so many bytes.
-        unsafe { _mm256_storeu_si256(blocks.elements[block].as_mut_ptr().cast(), elements) };
-        let fours = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(1), elements);
-        let twos = _mm_hadd_epi32(_mm256_castsi256_si128(fours), _mm256_extracti128_si256::<1>(fours));
-        let sums = _mm_cvtsi128_si64(_mm_hadd_epi32(twos, twos));
-        blocks.note(block, largest / 127.0, [sums as i32, (sums >> 32) as i32]);
     }
+    for (block, values) in rest.iter().enumerate() {
+        quantize_one_avx512(values, fours.len() * 4 + block, blocks);
+    }
+}
+
+/// Four blocks, whose maximums and sums are found together. Gives false, and does nothing, if a value is not finite.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn quantize_four(values: &[[f32; BLOCK]; 4], block: usize, blocks: &mut Blocks<'_>) -> bool {
+    use std::arch::x86_64::*;
+    let load = |block: usize, half: usize| {
+        // SAFETY: both halves are in the block.
+        unsafe { _mm512_loadu_ps(values[block].as_ptr().add(half * 16)) }
+    };
+    let mut largest = [_mm512_setzero_si512(); 4];
+    for (block, largest) in largest.iter_mut().enumerate() {
+        // As integers, magnitudes have the same order, and what is not finite is above all others.
+        let magnitudes = [0, 1].map(|half| _mm512_castps_si512(_mm512_abs_ps(load(block, half))));
+        *largest = _mm512_max_epi32(magnitudes[0], magnitudes[1]);
+    }
+    let pair = |a, b| _mm512_max_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+    let (first, second) = (pair(largest[0], largest[1]), pair(largest[2], largest[3]));
+    let lanes = _mm512_max_epi32(_mm512_unpacklo_epi64(first, second), _mm512_unpackhi_epi64(first, second));
+    let two = _mm256_max_epi32(_mm512_castsi512_si256(lanes), _mm512_extracti64x4_epi64::<1>(lanes));
+    let largest = _mm_max_epi32(_mm256_castsi256_si128(two), _mm256_extracti128_si256::<1>(two));
+    if _mm_cmpge_epi32_mask(largest, _mm_set1_epi32(f32::INFINITY.to_bits() as i32)) != 0 {
+        return false;
+    }
+    let (largest, most) = (_mm_castsi128_ps(largest), _mm_set1_ps(127.0));
+    let scales = _mm_div_ps(largest, most);
+    let is_enough = _mm_cmp_ps_mask::<_CMP_GT_OQ>(largest, _mm_set1_ps(SMALLEST));
+    let inverses = _mm512_castps128_ps512(_mm_maskz_div_ps(is_enough, most, largest));
+    let mut elements = [_mm512_setzero_si512(); 2];
+    for (pair, elements) in elements.iter_mut().enumerate() {
+        let mut words = [_mm512_setzero_si512(); 2];
+        for (index, words) in words.iter_mut().enumerate() {
+            let block = pair * 2 + index;
+            let inverse = _mm512_permutexvar_ps(_mm512_set1_epi32(block as i32), inverses);
+            let halves = [0, 1].map(|half| _mm512_cvtps_epi32(_mm512_mul_ps(load(block, half), inverse)));
+            *words = _mm512_packs_epi32(halves[0], halves[1]);
+        }
+        // In each quarter of the register: four columns of the first half, of the second, and of both of the other block.
+        let mixed = _mm512_packs_epi16(words[0], words[1]);
+        let order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+        *elements = _mm512_permutexvar_epi32(order, mixed);
+        // SAFETY: two blocks have so many bytes.
+        unsafe { _mm512_storeu_si512(blocks.elements[block + pair * 2..][..2].as_mut_ptr().cast(), *elements) };
+    }
+    // Sums of fours of columns, a half of a block in each quarter; then the halves' of blocks 0 and 2, and of 1 and 3.
+    let [first, second] =
+        elements.map(|elements| _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), elements));
+    let twos = _mm512_add_epi32(_mm512_unpacklo_epi32(first, second), _mm512_unpackhi_epi32(first, second));
+    let halves = _mm512_add_epi32(twos, _mm512_shuffle_epi32::<0b01_00_11_10>(twos));
+    // The first halves of all blocks, then the second ones.
+    let order = _mm512_setr_epi32(0, 8, 1, 9, 4, 12, 5, 13, 0, 0, 0, 0, 0, 0, 0, 0);
+    let ordered = _mm512_castsi512_si256(_mm512_permutexvar_epi32(order, halves));
+    let (first, second) = (_mm256_castsi256_si128(ordered), _mm256_extracti128_si256::<1>(ordered));
+    let sums = _mm_add_epi32(first, second);
+    // SAFETY: there is room for four blocks from this one on.
+    unsafe {
+        _mm_storeu_ps(blocks.scales[block..][..4].as_mut_ptr(), scales);
+        _mm_storeu_ps(blocks.scaled_sums[block..][..4].as_mut_ptr(), _mm_mul_ps(scales, _mm_cvtepi32_ps(sums)));
+    }
+    let negative = _mm_sub_epi32(_mm_setzero_si128(), sums);
+    let halves = [_mm_unpacklo_epi32(first, second), _mm_unpackhi_epi32(first, second)];
+    let negative_halves = halves.map(|both| _mm_slli_epi32::<5>(_mm_sub_epi32(_mm_setzero_si128(), both)));
+    // Each block's sum four times, times 128, nothing, 8 and 16.
+    let index = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    let shifts = _mm512_setr_epi32(7, 0, 3, 4, 7, 0, 3, 4, 7, 0, 3, 4, 7, 0, 3, 4);
+    let four_times = _mm512_permutexvar_epi32(index, _mm512_castsi128_si512(negative));
+    let multiples = _mm512_maskz_sllv_epi32(0b1101_1101_1101_1101, four_times, shifts);
+    let quarters = [
+        _mm512_castsi512_si128(multiples),
+        _mm512_extracti32x4_epi32::<1>(multiples),
+        _mm512_extracti32x4_epi32::<2>(multiples),
+        _mm512_extracti32x4_epi32::<3>(multiples),
+    ];
+    for (index, quarter) in quarters.into_iter().enumerate() {
+        let both = negative_halves[index / 2];
+        // SAFETY: so many words are kept of a block.
+        unsafe {
+            let to = blocks.offset_sums[block + index].as_mut_ptr();
+            _mm_storeu_si128(to.cast(), quarter);
+            _mm_storel_epi64(to.add(4).cast(), if index % 2 == 0 { both } else { _mm_unpackhi_epi64(both, both) });
+        }
+    }
+    true
+}
+
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn quantize_one_avx512(values: &[f32; BLOCK], block: usize, blocks: &mut Blocks<'_>) {
+    use std::arch::x86_64::*;
+    // SAFETY: both halves are in the block.
+    let halves = unsafe { [_mm512_loadu_ps(values.as_ptr()), _mm512_loadu_ps(values.as_ptr().add(16))] };
+    // Classes of what is not finite: both kinds of what is not a number, and both infinities.
+    let odd = _mm512_fpclass_ps_mask::<0x99>(halves[0]) | _mm512_fpclass_ps_mask::<0x99>(halves[1]);
+    if odd != 0 {
+        blocks.elements[block] = [0; BLOCK];
+        blocks.note(block, f32::NAN, [0; 2]);
+        return;
+    }
+    let largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(halves[0]), _mm512_abs_ps(halves[1])));
+    let inverse = _mm512_set1_ps(if largest > SMALLEST { 127.0 / largest } else { 0.0 });
+    let [low, high] = halves.map(|values| _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(values, inverse))));
+    let elements = _mm256_set_m128i(high, low);
+    // SAFETY: a block has so many bytes.
+    unsafe { _mm256_storeu_si256(blocks.elements[block].as_mut_ptr().cast(), elements) };
+    let fours = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(1), elements);
+    let twos = _mm_hadd_epi32(_mm256_castsi256_si128(fours), _mm256_extracti128_si256::<1>(fours));
+    let sums = _mm_cvtsi128_si64(_mm_hadd_epi32(twos, twos));
+    blocks.note(block, largest / 127.0, [sums as i32, (sums >> 32) as i32]);
 }
 
 #[inline(always)]
@@ -309,6 +409,33 @@ mod tests {
                 unsafe { rows.put(level, 0, 1, &[&values[..31], &[odd]].concat()) };
                 assert!(rows.scales()[1].is_nan(), "{level} {odd}");
             }
+        }
+    }
+
+    /// Blocks are taken by fours where there are so many, and one by one at the end.
+    #[test]
+    fn blocks_are_the_same_together_and_alone() {
+        let rng = &mut ChaCha8Rng::seed_from_u64(7);
+        let mut values: Vec<f32> = (0..11 * BLOCK)
+            .map(|k| rng.random_range(-1.0..1.0f32) * 10f32.powi((k / BLOCK % 4) as i32 * 8 - 16))
+            .collect();
+        values[BLOCK..2 * BLOCK].fill(0.0);
+        values[2 * BLOCK..3 * BLOCK].fill(1e-39);
+        values[9 * BLOCK + 3] = f32::INFINITY;
+        for level in Level::available() {
+            let [together, alone] = [0; 2].map(|_| QuantizedRows::new(1, values.len(), false));
+            // SAFETY: there is one thread.
+            unsafe { together.put(level, 0, 0, &values) };
+            for (block, values) in values.as_chunks::<BLOCK>().0.iter().enumerate() {
+                // SAFETY: as above.
+                unsafe { alone.put(level, 0, block, values) };
+            }
+            assert_eq!(together.elements(), alone.elements(), "{level}");
+            assert_eq!(together.offset_sums(), alone.offset_sums(), "{level}");
+            let bits = |scales: &[f32]| scales.iter().map(|scale| scale.to_bits()).collect::<Vec<_>>();
+            assert_eq!(bits(together.scales()), bits(alone.scales()), "{level}");
+            assert_eq!(bits(together.scaled_sums()), bits(alone.scaled_sums()), "{level}");
+            assert!(alone.scales()[9].is_nan() && alone.scales()[1] == 0.0, "{level}");
         }
     }
 
