@@ -147,12 +147,16 @@ fn weigh_row(scores: &mut [f32; BLOCK_TOKENS], visible: &Range<usize>, state: [&
     *total += totals.iter().sum::<f32>();
 }
 
-/// Makes smaller what is relative to a lower peak. The first time that is nothing.
+/// Makes smaller what is relative to a lower peak.
 #[inline(always)]
 fn raise(block_peak: f32, held_peak: &mut f32, total: &mut f32, sums: &mut [f32]) {
     if block_peak > *held_peak {
-        let decay = exp2(*held_peak - block_peak);
-        *held_peak = block_peak;
+        let before = std::mem::replace(held_peak, block_peak);
+        if before == f32::NEG_INFINITY {
+            // The first time, that is nothing.
+            return;
+        }
+        let decay = exp2(before - block_peak);
         *total *= decay;
         sums.iter_mut().for_each(|sum| *sum *= decay);
     }

@@ -1,4 +1,4 @@
-//! The softmax of attention with AVX-512 and AVX2: a row's scores stay in registers.
+//! The softmax of attention with AVX-512 and AVX2: a row's scores are in registers.
 
 use std::{arch::x86_64::*, ops::Range};
 
@@ -8,7 +8,7 @@ use crate::attention::{pages::Compute, tile::BLOCK_TOKENS};
 /// Both registers of weights are what `$store` writes.
 macro_rules! weigh_avx512 {
     ($name:ident, $what:literal, $features:literal, $store:expr) => {
-        #[doc = concat!("See [`super::weigh`]: a row's scores stay in four registers. For ", $what, ".")]
+        #[doc = concat!("See [`super::weigh`], for ", $what, ".")]
         #[target_feature(enable = $features)]
         pub fn $name<C: Compute>(
             scores: &[f32],
@@ -17,36 +17,74 @@ macro_rules! weigh_avx512 {
             out: &mut Partial,
             weights: &mut [C],
         ) {
-            const REGISTERS: usize = BLOCK_TOKENS / 16;
-            let rows = scores.as_chunks::<BLOCK_TOKENS>().0.iter().zip(weights.as_chunks_mut::<BLOCK_TOKENS>().0);
-            for (row, ((scores, weights), visible)) in rows.zip(visible).enumerate() {
-                let bits = |end: usize| if end == BLOCK_TOKENS { u64::MAX } else { (1 << end) - 1 };
-                let seen = bits(visible.end) & !bits(visible.start);
-                let masks: [u16; REGISTERS] = std::array::from_fn(|part| (seen >> (16 * part)) as u16);
-                let lowest = _mm512_set1_ps(f32::NEG_INFINITY);
-                let seen_scores: [__m512; REGISTERS] = std::array::from_fn(|part| {
-                    // SAFETY: the row has so many scores.
-                    unsafe { _mm512_mask_loadu_ps(lowest, masks[part], scores.as_ptr().add(16 * part)) }
-                });
-                let highest = _mm512_max_ps(
-                    _mm512_max_ps(seen_scores[0], seen_scores[1]),
-                    _mm512_max_ps(seen_scores[2], seen_scores[3]),
-                );
-                let (peak, total) = (&mut out.peaks[row], &mut out.totals[row]);
-                raise(_mm512_reduce_max_ps(highest), peak, total, &mut out.sums[row * head_dim..][..head_dim]);
-                let origin = _mm512_set1_ps(if *peak == f32::NEG_INFINITY { 0.0 } else { *peak });
-                let powers: [__m512; REGISTERS] =
-                    std::array::from_fn(|part| exp2_avx512::<C>(masks[part], _mm512_sub_ps(seen_scores[part], origin)));
-                let sum = _mm512_add_ps(_mm512_add_ps(powers[0], powers[1]), _mm512_add_ps(powers[2], powers[3]));
-                *total += _mm512_reduce_add_ps(sum);
-                for part in (0..REGISTERS).step_by(2) {
-                    let to = weights[16 * part..].as_mut_ptr();
-                    // SAFETY: the row has room for all registers.
-                    unsafe { $store([powers[part], powers[part + 1]], to.cast()) };
+            let (scores, weights) = (scores.as_chunks::<BLOCK_TOKENS>().0, weights.as_chunks_mut::<BLOCK_TOKENS>().0);
+            for (index, visible) in visible.chunks(ROWS).enumerate() {
+                let first = index * ROWS;
+                let mut highest = [_mm512_setzero_ps(); ROWS];
+                for (row, (highest, visible)) in highest.iter_mut().zip(visible).enumerate() {
+                    let (scores, _) = load_visible(&scores[first + row], visible);
+                    *highest = _mm512_max_ps(_mm512_max_ps(scores[0], scores[1]), _mm512_max_ps(scores[2], scores[3]));
                 }
+                let highest = of_all_lanes(highest, |one, other| _mm512_max_ps(one, other));
+                let mut sums = [_mm512_setzero_ps(); ROWS];
+                for (row, (sum, visible)) in sums.iter_mut().zip(visible).enumerate() {
+                    let (highest, row) = (highest[row], first + row);
+                    let (peak, total) = (&mut out.peaks[row], &mut out.totals[row]);
+                    raise(highest, peak, total, &mut out.sums[row * head_dim..][..head_dim]);
+                    let origin = _mm512_set1_ps(if *peak == f32::NEG_INFINITY { 0.0 } else { *peak });
+                    let (scores, masks) = load_visible(&scores[row], visible);
+                    let powers: [__m512; REGISTERS] =
+                        std::array::from_fn(|part| exp2_avx512::<C>(masks[part], _mm512_sub_ps(scores[part], origin)));
+                    *sum = _mm512_add_ps(_mm512_add_ps(powers[0], powers[1]), _mm512_add_ps(powers[2], powers[3]));
+                    for part in (0..REGISTERS).step_by(2) {
+                        let to = weights[row][16 * part..].as_mut_ptr();
+                        // SAFETY: the row has room for all registers.
+                        unsafe { $store([powers[part], powers[part + 1]], to.cast()) };
+                    }
+                }
+                let sums = of_all_lanes(sums, |one, other| _mm512_add_ps(one, other));
+                out.totals[first..].iter_mut().zip(sums).take(visible.len()).for_each(|(total, sum)| *total += sum);
             }
         }
     };
+}
+
+/// Registers of a row's scores.
+const REGISTERS: usize = BLOCK_TOKENS / 16;
+/// Rows whose lanes are joined together, which takes as long as for one.
+const ROWS: usize = 4;
+
+/// A row's scores, as low as possible where they are not visible, and where they are.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+fn load_visible(scores: &[f32; BLOCK_TOKENS], visible: &Range<usize>) -> ([__m512; REGISTERS], [u16; REGISTERS]) {
+    let bits = |end: usize| if end == BLOCK_TOKENS { u64::MAX } else { (1 << end) - 1 };
+    let seen = bits(visible.end) & !bits(visible.start);
+    let masks: [u16; REGISTERS] = std::array::from_fn(|part| (seen >> (16 * part)) as u16);
+    let lowest = _mm512_set1_ps(f32::NEG_INFINITY);
+    let registers = std::array::from_fn(|part| {
+        // SAFETY: the row has so many scores.
+        unsafe { _mm512_mask_loadu_ps(lowest, masks[part], scores.as_ptr().add(16 * part)) }
+    });
+    (registers, masks)
+}
+
+/// What each register's lanes give together.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+fn of_all_lanes([a, b, c, d]: [__m512; ROWS], join: impl Fn(__m512, __m512) -> __m512) -> [f32; ROWS] {
+    let pair = |one, other| join(_mm512_unpacklo_ps(one, other), _mm512_unpackhi_ps(one, other));
+    let (first, second) = (_mm512_castps_pd(pair(a, b)), _mm512_castps_pd(pair(c, d)));
+    let low = _mm512_castpd_ps(_mm512_unpacklo_pd(first, second));
+    let high = _mm512_castpd_ps(_mm512_unpackhi_pd(first, second));
+    // All four in each quarter.
+    let quarters = join(low, high);
+    let halves = join(quarters, _mm512_shuffle_f32x4::<0b01_00_11_10>(quarters, quarters));
+    let whole = join(halves, _mm512_shuffle_f32x4::<0b10_11_00_01>(halves, halves));
+    let mut all = [0.0; ROWS];
+    // SAFETY: there is room for a quarter of the register.
+    unsafe { _mm_storeu_ps(all.as_mut_ptr(), _mm512_castps512_ps128(whole)) };
+    all
 }
 
 weigh_avx512!(
