@@ -195,31 +195,35 @@ fn quantize_avx2<const BOUNDED: bool>(values: &[[f32; BLOCK]], blocks: &mut Bloc
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn quantize_avx512(values: &[[f32; BLOCK]], blocks: &mut Blocks<'_>) {
-    let (fours, rest) = values.as_chunks::<4>();
-    for (index, four) in fours.iter().enumerate() {
-        if !quantize_four(four, index * 4, blocks) {
-            for (block, values) in four.iter().enumerate() {
-                quantize_one_avx512(values, index * 4 + block, blocks);
-            }
+    let mut block = 0;
+    while let rest @ [_, ..] = &values[block..] {
+        let done = if let Some(four) = rest.first_chunk::<4>() {
+            if quantize_some(four, block, blocks) { 4 } else { 0 }
+        } else if let Some(two) = rest.first_chunk::<2>() {
+            if quantize_some(two, block, blocks) { 2 } else { 0 }
+        } else {
+            0
+        };
+        if done == 0 {
+            quantize_one_avx512(&rest[0], block, blocks);
         }
-    }
-    for (block, values) in rest.iter().enumerate() {
-        quantize_one_avx512(values, fours.len() * 4 + block, blocks);
+        block += done.max(1);
     }
 }
 
-/// Four blocks, whose maximums and sums are found together. Gives false, and does nothing, if a value is not finite.
+/// Two or four blocks, whose maximums and sums are found together. Gives false, and does nothing, if a value is not finite.
 #[cfg(target_arch = "x86_64")]
 #[inline]
 #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn quantize_four(values: &[[f32; BLOCK]; 4], block: usize, blocks: &mut Blocks<'_>) -> bool {
+fn quantize_some<const N: usize>(values: &[[f32; BLOCK]; N], block: usize, blocks: &mut Blocks<'_>) -> bool {
     use std::arch::x86_64::*;
+    const { assert!(N == 2 || N == 4) };
     let load = |block: usize, half: usize| {
         // SAFETY: both halves are in the block.
         unsafe { _mm512_loadu_ps(values[block].as_ptr().add(half * 16)) }
     };
     let mut largest = [_mm512_setzero_si512(); 4];
-    for (block, largest) in largest.iter_mut().enumerate() {
+    for (block, largest) in largest.iter_mut().enumerate().take(N) {
         // As integers, magnitudes have the same order, and what is not finite is above all others.
         let magnitudes = [0, 1].map(|half| _mm512_castps_si512(_mm512_abs_ps(load(block, half))));
         *largest = _mm512_max_epi32(magnitudes[0], magnitudes[1]);
@@ -237,7 +241,7 @@ fn quantize_four(values: &[[f32; BLOCK]; 4], block: usize, blocks: &mut Blocks<'
     let is_enough = _mm_cmp_ps_mask::<_CMP_GT_OQ>(largest, _mm_set1_ps(SMALLEST));
     let inverses = _mm512_castps128_ps512(_mm_maskz_div_ps(is_enough, most, largest));
     let mut elements = [_mm512_setzero_si512(); 2];
-    for (pair, elements) in elements.iter_mut().enumerate() {
+    for (pair, elements) in elements.iter_mut().enumerate().take(N / 2) {
         let mut words = [_mm512_setzero_si512(); 2];
         for (index, words) in words.iter_mut().enumerate() {
             let block = pair * 2 + index;
@@ -262,10 +266,12 @@ fn quantize_four(values: &[[f32; BLOCK]; 4], block: usize, blocks: &mut Blocks<'
     let ordered = _mm512_castsi512_si256(_mm512_permutexvar_epi32(order, halves));
     let (first, second) = (_mm256_castsi256_si128(ordered), _mm256_extracti128_si256::<1>(ordered));
     let sums = _mm_add_epi32(first, second);
-    // SAFETY: there is room for four blocks from this one on.
+    let scaled_sums = _mm_mul_ps(scales, _mm_cvtepi32_ps(sums));
+    // SAFETY: there is room for so many blocks from this one on.
     unsafe {
-        _mm_storeu_ps(blocks.scales[block..][..4].as_mut_ptr(), scales);
-        _mm_storeu_ps(blocks.scaled_sums[block..][..4].as_mut_ptr(), _mm_mul_ps(scales, _mm_cvtepi32_ps(sums)));
+        let these = const { (1 << N) - 1 };
+        _mm_mask_storeu_ps(blocks.scales[block..][..N].as_mut_ptr(), these, scales);
+        _mm_mask_storeu_ps(blocks.scaled_sums[block..][..N].as_mut_ptr(), these, scaled_sums);
     }
     let negative = _mm_sub_epi32(_mm_setzero_si128(), sums);
     let halves = [_mm_unpacklo_epi32(first, second), _mm_unpackhi_epi32(first, second)];
@@ -281,7 +287,7 @@ fn quantize_four(values: &[[f32; BLOCK]; 4], block: usize, blocks: &mut Blocks<'
         _mm512_extracti32x4_epi32::<2>(multiples),
         _mm512_extracti32x4_epi32::<3>(multiples),
     ];
-    for (index, quarter) in quarters.into_iter().enumerate() {
+    for (index, quarter) in quarters.into_iter().enumerate().take(N) {
         let both = negative_halves[index / 2];
         // SAFETY: so many words are kept of a block.
         unsafe {
@@ -412,7 +418,7 @@ mod tests {
         }
     }
 
-    /// Blocks are taken by fours where there are so many, and one by one at the end.
+    /// Blocks are taken by fours where there are so many, then by two, and one by one at the end.
     #[test]
     fn blocks_are_the_same_together_and_alone() {
         let rng = &mut ChaCha8Rng::seed_from_u64(7);
