@@ -22,27 +22,33 @@ macro_rules! weigh_avx512 {
                 let first = index * ROWS;
                 let mut highest = [_mm512_setzero_ps(); ROWS];
                 for (row, (highest, visible)) in highest.iter_mut().zip(visible).enumerate() {
-                    let (scores, _) = load_visible(&scores[first + row], visible);
-                    *highest = _mm512_max_ps(_mm512_max_ps(scores[0], scores[1]), _mm512_max_ps(scores[2], scores[3]));
+                    let (scores, seen) = (&scores[first + row], mask_of(visible));
+                    *highest = load_visible(scores, seen, 0);
+                    for part in 1..REGISTERS {
+                        *highest = _mm512_max_ps(*highest, load_visible(scores, seen, part));
+                    }
                 }
-                let highest = of_all_lanes(highest, |one, other| _mm512_max_ps(one, other));
+                let highest = of_all_lanes(&highest, |one, other| _mm512_max_ps(one, other));
                 let mut sums = [_mm512_setzero_ps(); ROWS];
                 for (row, (sum, visible)) in sums.iter_mut().zip(visible).enumerate() {
                     let (highest, row) = (highest[row], first + row);
                     let (peak, total) = (&mut out.peaks[row], &mut out.totals[row]);
                     raise(highest, peak, total, &mut out.sums[row * head_dim..][..head_dim]);
                     let origin = _mm512_set1_ps(if *peak == f32::NEG_INFINITY { 0.0 } else { *peak });
-                    let (scores, masks) = load_visible(&scores[row], visible);
-                    let powers: [__m512; REGISTERS] =
-                        std::array::from_fn(|part| exp2_avx512::<C>(masks[part], _mm512_sub_ps(scores[part], origin)));
-                    *sum = _mm512_add_ps(_mm512_add_ps(powers[0], powers[1]), _mm512_add_ps(powers[2], powers[3]));
-                    for part in (0..REGISTERS).step_by(2) {
-                        let to = weights[row][16 * part..].as_mut_ptr();
-                        // SAFETY: the row has room for all registers.
-                        unsafe { $store([powers[part], powers[part + 1]], to.cast()) };
+                    let (scores, seen) = (&scores[row], mask_of(visible));
+                    for pair in (0..REGISTERS).step_by(2) {
+                        let power = |part: usize| {
+                            let score = _mm512_sub_ps(load_visible(scores, seen, part), origin);
+                            exp2_avx512::<C>((seen >> (16 * part)) as u16, score)
+                        };
+                        let (one, other) = (power(pair), power(pair + 1));
+                        *sum = _mm512_add_ps(*sum, _mm512_add_ps(one, other));
+                        let to = weights[row][16 * pair..][..32].as_mut_ptr();
+                        // SAFETY: there is room for both registers.
+                        unsafe { $store(one, other, to.cast()) };
                     }
                 }
-                let sums = of_all_lanes(sums, |one, other| _mm512_add_ps(one, other));
+                let sums = of_all_lanes(&sums, |one, other| _mm512_add_ps(one, other));
                 out.totals[first..].iter_mut().zip(sums).take(visible.len()).for_each(|(total, sum)| *total += sum);
             }
         }
@@ -54,27 +60,28 @@ const REGISTERS: usize = BLOCK_TOKENS / 16;
 /// Rows whose lanes are joined together, which takes as long as for one.
 const ROWS: usize = 4;
 
-/// A row's scores, as low as possible where they are not visible, and where they are.
+/// Which of a row's tokens are visible, a bit for each.
+#[inline(always)]
+fn mask_of(visible: &Range<usize>) -> u64 {
+    let bits = |end: usize| if end == BLOCK_TOKENS { u64::MAX } else { (1 << end) - 1 };
+    bits(visible.end) & !bits(visible.start)
+}
+
+/// 16 of a row's scores, as low as possible where they are not visible.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-fn load_visible(scores: &[f32; BLOCK_TOKENS], visible: &Range<usize>) -> ([__m512; REGISTERS], [u16; REGISTERS]) {
-    let bits = |end: usize| if end == BLOCK_TOKENS { u64::MAX } else { (1 << end) - 1 };
-    let seen = bits(visible.end) & !bits(visible.start);
-    let masks: [u16; REGISTERS] = std::array::from_fn(|part| (seen >> (16 * part)) as u16);
-    let lowest = _mm512_set1_ps(f32::NEG_INFINITY);
-    let registers = std::array::from_fn(|part| {
-        // SAFETY: the row has so many scores.
-        unsafe { _mm512_mask_loadu_ps(lowest, masks[part], scores.as_ptr().add(16 * part)) }
-    });
-    (registers, masks)
+fn load_visible(scores: &[f32; BLOCK_TOKENS], seen: u64, part: usize) -> __m512 {
+    let (lowest, own) = (_mm512_set1_ps(f32::NEG_INFINITY), &scores[16 * part..][..16]);
+    // SAFETY: there are so many.
+    unsafe { _mm512_mask_loadu_ps(lowest, (seen >> (16 * part)) as u16, own.as_ptr()) }
 }
 
 /// What each register's lanes give together.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-fn of_all_lanes([a, b, c, d]: [__m512; ROWS], join: impl Fn(__m512, __m512) -> __m512) -> [f32; ROWS] {
-    let pair = |one, other| join(_mm512_unpacklo_ps(one, other), _mm512_unpackhi_ps(one, other));
-    let (first, second) = (_mm512_castps_pd(pair(a, b)), _mm512_castps_pd(pair(c, d)));
+fn of_all_lanes(values: &[__m512; ROWS], join: impl Fn(__m512, __m512) -> __m512) -> [f32; ROWS] {
+    let pair = |one, other| _mm512_castps_pd(join(_mm512_unpacklo_ps(one, other), _mm512_unpackhi_ps(one, other)));
+    let (first, second) = (pair(values[0], values[1]), pair(values[2], values[3]));
     let low = _mm512_castpd_ps(_mm512_unpacklo_pd(first, second));
     let high = _mm512_castpd_ps(_mm512_unpackhi_pd(first, second));
     // All four in each quarter.
@@ -91,17 +98,17 @@ weigh_avx512!(
     weigh_avx512,
     "weights in f32",
     "avx512f,avx512bw,avx512dq,avx512vl",
-    |both: [__m512; 2], to: *mut f32| {
-        _mm512_storeu_ps(to, both[0]);
-        _mm512_storeu_ps(to.add(16), both[1]);
+    |one: __m512, other: __m512, to: *mut f32| {
+        _mm512_storeu_ps(to, one);
+        _mm512_storeu_ps(to.add(16), other);
     }
 );
 weigh_avx512!(
     weigh_avx512_bf16,
     "weights in bf16",
     "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16",
-    |both: [__m512; 2], to: *mut __m512i| {
-        let narrowed = _mm512_cvtne2ps_pbh(both[1], both[0]);
+    |one: __m512, other: __m512, to: *mut __m512i| {
+        let narrowed = _mm512_cvtne2ps_pbh(other, one);
         _mm512_storeu_si512(to, std::mem::transmute::<__m512bh, __m512i>(narrowed));
     }
 );
