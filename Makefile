@@ -46,7 +46,7 @@ test: setup examples
 	cargo test --release --locked --workspace
 	binary=$$(cargo test --release --locked --workspace --no-run 2>&1 | sed -n 's/.* (\(.*torus_cpu-.*\))/\1/p'); \
 	test -x "$$binary" || exit 1; \
-	for level in portable avx2; do TORUS_CPU_LEVEL=$$level $$binary || exit 1; done
+	for level in portable avx2 avx512 avx512bf16; do TORUS_CPU_LEVEL=$$level $$binary || exit 1; done
 
 # Rust's sanitizers are not stable yet; the compiler has them all the same.
 sanitize:

@@ -36,8 +36,13 @@ impl Level {
         }
     }
 
-    /// Whether this machine has what the level needs.
+    /// Whether this machine has what the level needs. It is found out once.
     pub fn is_available(self) -> bool {
+        static AVAILABLE: OnceLock<[bool; Level::ALL.len()]> = OnceLock::new();
+        AVAILABLE.get_or_init(|| Self::ALL.map(Self::is_found))[self as usize]
+    }
+
+    fn is_found(self) -> bool {
         match self {
             Self::Portable => true,
             Self::Neon => cfg!(target_arch = "aarch64"),
@@ -46,12 +51,12 @@ impl Level {
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => {
                 let needed = ["avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni"];
-                Self::Avx2.is_available() && needed.into_iter().all(has)
+                Self::Avx2.is_found() && needed.into_iter().all(has)
             }
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512Bf16 => Self::Avx512.is_available() && has("avx512bf16"),
+            Self::Avx512Bf16 => Self::Avx512.is_found() && has("avx512bf16"),
             #[cfg(target_arch = "x86_64")]
-            Self::Amx => Self::Avx512Bf16.is_available() && crate::tiles::are_available(),
+            Self::Amx => Self::Avx512Bf16.is_found() && crate::tiles::are_available(),
             #[cfg(not(target_arch = "x86_64"))]
             Self::Avx2 | Self::Avx512 | Self::Avx512Bf16 | Self::Amx => false,
         }
@@ -139,8 +144,9 @@ mod tests {
 
     #[test]
     fn levels_are_found_by_name_and_the_portable_one_is_always_there() {
-        for level in Level::ALL {
-            assert_eq!(level.name().parse(), Ok(level));
+        for (index, level) in Level::ALL.into_iter().enumerate() {
+            assert_eq!((level.name().parse(), level as usize), (Ok(level), index));
+            assert_eq!(level.is_available(), level.is_found());
         }
         assert!("sse".parse::<Level>().is_err());
         assert!(Level::available().any(|level| level == Level::Portable));
