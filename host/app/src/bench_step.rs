@@ -1,7 +1,7 @@
 //! `torus bench step`: the steps of an engine in this process. On a CPU, beside a plain sum over as many bytes as a step
 //! reads of weights: both are timed in turns, because the memory of a machine with neighbours is fast now and slow then.
 
-use std::{collections::BTreeMap, fs, path::Path, process::ExitCode, sync::Arc};
+use std::{collections::BTreeMap, fs, hint::black_box, path::Path, process::ExitCode, sync::Arc, time::Instant};
 
 use anyhow::{Context, ensure};
 use futures::StreamExt;
@@ -9,7 +9,7 @@ use indicatif::ProgressBar;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
-use torus_bench::ReadBuffer;
+use torus_cpu::bench::{Memory, sum};
 use torus_engine::api::{Engine, Event, EventStream, FinishReason, GenerateRequest, LogprobOptions, SamplingParams};
 
 use crate::{
@@ -39,7 +39,7 @@ pub fn run(args: &StepBenchArgs, limits: &Limits) -> anyhow::Result<ExitCode> {
         wait_until_ready(&*engine).await.map_err(anyhow::Error::msg)?;
         let mut measured = Vec::new();
         for batch_size in &args.batch_size {
-            measured.push(measure(args, &*engine, *batch_size, limits.cpus()).await?);
+            measured.push(measure(args, &*engine, *batch_size).await?);
         }
         anyhow::Ok(measured)
     })?;
@@ -75,17 +75,13 @@ struct Part {
     is_kernel: bool,
 }
 
-async fn measure(
-    args: &StepBenchArgs,
-    engine: &dyn Engine,
-    batch_size: usize,
-    threads: usize,
-) -> anyhow::Result<Measured> {
+async fn measure(args: &StepBenchArgs, engine: &dyn Engine, batch_size: usize) -> anyhow::Result<Measured> {
     let info = engine.info().context("the engine is not ready")?;
     let running = info.max_running_requests;
     ensure!(batch_size <= running, "--batch-size {batch_size}: at most {running} requests run at once");
     let on_cpu = args.engine.device.device == Device::Cpu;
-    let buffer = on_cpu.then(|| ReadBuffer::new(info.weight_bytes as usize, threads));
+    // In large pages and on the kernels' own threads, as weights are read.
+    let memory = on_cpu.then(|| Memory::zeroed(info.weight_bytes as usize));
     let mut random = ChaCha8Rng::seed_from_u64(args.seed);
     let mut trace = Trace::default();
     let mut sums = Vec::new();
@@ -101,8 +97,11 @@ async fn measure(
         // The first round warms up.
         if round > 0 {
             trace.read(Path::new(&path), batch_size as u64)?;
-            let sum = |buffer: &ReadBuffer| buffer.read().as_secs_f64();
-            sums.extend(buffer.iter().flat_map(|buffer| (0..SUMS_PER_ROUND).map(move |_| sum(buffer))));
+            for memory in memory.iter().flat_map(|memory| std::iter::repeat_n(memory, SUMS_PER_ROUND)) {
+                let start = Instant::now();
+                black_box(sum(black_box(memory)));
+                sums.push(start.elapsed().as_secs_f64());
+            }
             bar.inc(1);
         }
         if args.trace_dir.is_none() {

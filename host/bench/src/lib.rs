@@ -40,7 +40,6 @@ mod stats;
 mod testing;
 mod workload;
 
-pub use bandwidth::ReadBuffer;
 pub use compare::CompareArgs;
 pub use interference::InterferenceArgs;
 pub use one_batch::OneBatchArgs;

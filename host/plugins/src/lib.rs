@@ -33,4 +33,4 @@ pub use plugin::{AttentionInterface, ModelInterface, OpenModel, Origin, Plugin};
 pub use registry::{Registry, RegistryError, Update};
 pub use search::{SearchPath, candidates};
 pub use speculative::{Drafts, SpeculativeInterface, Speculator};
-pub use threads::{limit_kernel_threads, pin_kernel_threads};
+pub use threads::{kernel_threads_are_idle, limit_kernel_threads, pin_kernel_threads};

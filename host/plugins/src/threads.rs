@@ -41,6 +41,11 @@ pub fn pin_kernel_threads(pinned: bool) {
     PINNED.store(pinned, Ordering::Relaxed);
 }
 
+/// Whether no kernel has used the pool for a while, as far as is known: all of its workers are parked, if there are any.
+pub fn kernel_threads_are_idle() -> bool {
+    POOL.get().is_none_or(|pool| pool.parked.0.load(Ordering::Relaxed) >= pool.workers.len())
+}
+
 pub(crate) extern "C" fn threads() -> usize {
     *LIMIT.get_or_init(|| thread::available_parallelism().map_or(1, NonZero::get))
 }

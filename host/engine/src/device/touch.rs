@@ -3,9 +3,13 @@
 //! The system finds and clears memory when it is first touched, while all threads of the step wait for the one that did. Its
 //! pages are large, so that this comes once for thousands of tokens, and then in each layer, one after the other; on a virtual
 //! machine whose host had to find the memory too, a page of 2 MB took 9 ms.
+//!
+//! Whoever takes memory keeps others from mapping some. So it is not done beside steps, also not with the least priority: then
+//! all wait until this gets its turn.
 
 use std::{ops::ControlFlow, thread, time::Duration};
 
+use torus_plugins::kernel_threads_are_idle;
 use torus_weights::Untouched;
 
 /// So much is taken; what a server needs beyond is taken when it is used.
@@ -14,19 +18,23 @@ const TOUCHED_BYTES: usize = 512 << 20;
 const STEP_BYTES: usize = 2 << 20;
 /// A server that starts has better things to do.
 const DELAY: Duration = Duration::from_secs(1);
-/// Who shares a core with this gets 98 % of it.
-const LEAST_PRIORITY: i32 = 19;
+/// How long to wait, while steps are computed, until the next look.
+const PAUSE: Duration = Duration::from_millis(10);
 
-/// Takes the beginning of each pool, where the first pages are, on a thread that ends when that is done or the pools are gone.
+/// Takes the beginning of each pool, where the first pages are, on a thread that ends when that is done or the pools are gone. It
+/// only works while kernels do not.
 pub(super) fn ahead(pools: Vec<Untouched>) {
     let touch = move || {
         thread::sleep(DELAY);
-        // Refused at most where the system knows no priorities.
-        let _ = rustix::process::nice(LEAST_PRIORITY);
         let sizes: Vec<_> = pools.iter().map(Untouched::len).collect();
-        let _ = pieces(&sizes).try_for_each(|(pool, start, end)| match pools[pool].touch(start..end) {
-            true => ControlFlow::Continue(()),
-            false => ControlFlow::Break(()),
+        let _ = pieces(&sizes).try_for_each(|(pool, start, end)| {
+            while !kernel_threads_are_idle() {
+                thread::sleep(PAUSE);
+            }
+            match pools[pool].touch(start..end) {
+                true => ControlFlow::Continue(()),
+                false => ControlFlow::Break(()),
+            }
         });
     };
     if let Err(error) = thread::Builder::new().name("kv-memory".to_owned()).spawn(touch) {
