@@ -44,6 +44,8 @@ const TASK_ROWS: usize = 132;
 const WIDENED_TASK_ROWS: usize = 512;
 /// Rows of a tile at most, but for the matrix unit's.
 const TILE_ROWS: usize = 24;
+/// Two of the matrix unit's.
+const UNIT_TILE_ROWS: usize = 32;
 /// Groups of a tile at most: 24 rows of 128 columns are 12 KiB.
 const TILE_GROUPS: usize = 8;
 /// Bytes of weights that a task keeps in the second-level cache.
@@ -188,8 +190,7 @@ fn weights_product(x: &Prepared, rows: Range<usize>, weights: &Groups<'_>, next:
 /// Rows of a tile at most.
 fn tile_rows(level: Level) -> usize {
     match level {
-        // Two tiles of the matrix unit.
-        Level::Amx => 32,
+        Level::Amx => UNIT_TILE_ROWS,
         _ => TILE_ROWS,
     }
 }

@@ -5,7 +5,9 @@
 
 use std::{arch::x86_64::*, mem::MaybeUninit};
 
-use super::{super::TILE_ROWS, Panel, Q4, Q4_MIN, Q5, Q5_MIN, Q6, Q8, first_sum, for_format, format_of, has_minimum};
+use super::{
+    super::UNIT_TILE_ROWS, Panel, Q4, Q4_MIN, Q5, Q5_MIN, Q6, Q8, first_sum, for_format, format_of, has_minimum,
+};
 use crate::{
     activations::SUMS,
     packed::{
@@ -22,7 +24,7 @@ const ROWS: usize = 12;
 const FEW_ROWS: usize = 4;
 
 /// # Safety
-/// The level is available, and the panel has so many rows, at most [`TILE_ROWS`].
+/// The level is available, and the panel has so many rows, at most [`UNIT_TILE_ROWS`].
 pub(super) unsafe fn run(format: Format, panel: Panel, rows: usize) {
     // SAFETY: as the caller says.
     unsafe { for_format!(format, all, (panel, rows)) }
@@ -33,7 +35,7 @@ pub(super) unsafe fn run(format: Format, panel: Panel, rows: usize) {
 /// # Safety
 /// That of [`run`].
 unsafe fn all<const F: u32>(panel: Panel, rows: usize) {
-    assert!(rows <= TILE_ROWS, "a panel of {rows} rows");
+    assert!(rows <= UNIT_TILE_ROWS, "a panel of {rows} rows");
     // SAFETY: as the caller says, and these are all rows.
     unsafe {
         if rows <= FEW_ROWS {
@@ -224,7 +226,7 @@ struct Unpacked(Pair<[MaybeUninit<u8>; BLOCK * GROUP]>);
 
 /// The sums of all rows of a pass.
 #[repr(align(64))]
-struct Sums([Pair<MaybeUninit<__m512>>; TILE_ROWS]);
+struct Sums([Pair<MaybeUninit<__m512>>; UNIT_TILE_ROWS]);
 
 /// Goes over the weights of two groups once, for `tiles` register tiles of `R` rows each.
 ///
@@ -235,7 +237,7 @@ unsafe fn pass<const F: u32, const R: usize>(panel: &Panel, tiles: usize, fetche
     let tile_bytes = const { format_of(F).tile_bytes() };
     // One group is computed twice.
     let groups = [panel.w, panel.second.unwrap_or(panel.w)];
-    let mut sums = Sums([const { [MaybeUninit::uninit(); 2] }; TILE_ROWS]);
+    let mut sums = Sums([const { [MaybeUninit::uninit(); 2] }; UNIT_TILE_ROWS]);
     let sums = &mut sums.0[..tiles * R];
     sums.as_flattened_mut().iter_mut().for_each(|sum| _ = sum.write(_mm512_setzero_ps()));
     // SAFETY: all of them are written.

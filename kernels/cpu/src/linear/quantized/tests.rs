@@ -2,7 +2,7 @@ use half::{bf16, f16};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::{BLOCK, GROUP, Prepared, widen};
+use super::{super::UNIT_TILE_ROWS, BLOCK, GROUP, Prepared, Tile, product, widen};
 use crate::{
     Epilogue, Level,
     linear::is_widened,
@@ -107,6 +107,35 @@ fn products_are_those_of_the_decoded_rows_at_every_level() {
 }
 
 /// The largest bytes with activations that are all as large: what is added up in few bits has to hold them.
+/// Of so many rows as a level's tiles have at most, and with groups in pairs and alone.
+#[test]
+fn whole_tiles_are_the_products_of_their_rows() {
+    let rng = &mut ChaCha8Rng::seed_from_u64(21);
+    for (source, format, _) in SOURCES {
+        let (columns, outputs) = (512, 3 * GROUP);
+        let memory = packed(&random(rng, source, outputs, columns), format, outputs, columns);
+        let matrix = PackedMatrix::parse(&memory).unwrap();
+        let [segment] = matrix.segments() else { panic!("one segment") };
+        let x: Vec<f32> = (0..UNIT_TILE_ROWS * columns).map(|_| rng.random_range(-1.0..1.0)).collect();
+        for level in Level::available() {
+            let most = if level >= Level::Avx512 { UNIT_TILE_ROWS } else { super::super::tile_rows(level) };
+            let prepared = Prepared::of(level, &x[..most * columns], &matrix);
+            let rows = 0..prepared.rows();
+            let mut whole = vec![0.0; rows.len() * outputs];
+            product(level, &prepared, rows.clone(), segment, 0..3, None, &mut Tile::new(&mut whole, outputs));
+            for (row, whole) in rows.zip(whole.chunks_exact(outputs)) {
+                for (group, whole) in whole.chunks_exact(GROUP).enumerate() {
+                    let mut alone = [0.0; GROUP];
+                    let tile = &mut Tile::new(&mut alone, GROUP);
+                    product(level, &prepared, row..row + 1, segment, group..group + 1, None, tile);
+                    let close = |(a, b): (&f32, &f32)| (a - b).abs() <= 1e-4 * (1.0 + a.abs());
+                    assert!(whole.iter().zip(&alone).all(close), "{level} {format:?} row {row} group {group}");
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn the_largest_products_are_exact() {
     let (columns, outputs) = (64, 17);
