@@ -81,12 +81,12 @@ pub(super) fn weigh<C: Compute>(
     match level {
         // SAFETY: the level is one that this machine has.
         #[cfg(target_arch = "x86_64")]
-        Level::Avx512 | Level::Avx512Bf16 | Level::Amx if C::PAIRS => unsafe {
+        Level::Avx512Bf16 | Level::Amx if C::PAIRS => unsafe {
             x86::weigh_avx512_bf16(scores, visible, params.head_dim, out, weights);
         },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Level::Avx512 | Level::Avx512Bf16 | Level::Amx => unsafe {
+        Level::Avx512 | Level::Avx512Bf16 | Level::Amx if !C::PAIRS => unsafe {
             x86::weigh_avx512(scores, visible, params.head_dim, out, weights);
         },
         #[cfg(target_arch = "x86_64")]
