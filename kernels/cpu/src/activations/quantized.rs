@@ -197,17 +197,14 @@ fn quantize_avx2<const BOUNDED: bool>(values: &[[f32; BLOCK]], blocks: &mut Bloc
 fn quantize_avx512(values: &[[f32; BLOCK]], blocks: &mut Blocks<'_>) {
     let mut block = 0;
     while let rest @ [_, ..] = &values[block..] {
-        let done = if let Some(four) = rest.first_chunk::<4>() {
-            if quantize_some(four, block, blocks) { 4 } else { 0 }
-        } else if let Some(two) = rest.first_chunk::<2>() {
-            if quantize_some(two, block, blocks) { 2 } else { 0 }
+        block += if rest.first_chunk::<4>().is_some_and(|four| quantize_some(four, block, blocks)) {
+            4
+        } else if rest.first_chunk::<2>().is_some_and(|two| quantize_some(two, block, blocks)) {
+            2
         } else {
-            0
-        };
-        if done == 0 {
             quantize_one_avx512(&rest[0], block, blocks);
-        }
-        block += done.max(1);
+            1
+        };
     }
 }
 
